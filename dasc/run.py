@@ -64,9 +64,9 @@ def replacing(path: Path) -> Iterator[Path]:
     A killed run or a full disk leaves the old file as it was.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -74,7 +74,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -105,7 +106,11 @@ def record_run(out: Path, args: argparse.Namespace, **facts: Any) -> None:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "arguments": vars(args),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
         **facts,
     }
     write_json(Path(out) / "run.json", json.loads(json.dumps(content, default=str)))

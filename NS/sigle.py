@@ -1,0 +1,235 @@
+"""Stage 2 of 9: train the search network that tells mitosis from negative patches.
+
+Reads patches.csv and the patches of stage 1 (or 3), and the dataset's val fields to choose the threshold.
+Writes OUT/model.pt (best epoch on val), log.csv, curves.png, val_curve.csv, run.json and, to resume from, last.pt.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import precision_recall_curve
+from tqdm import tqdm
+
+from dasc.augment import training_view
+from dasc.detect import scan_field, score_patches
+from dasc.fields import read_field
+from dasc.figures import curves, precision_recall
+from dasc.manifest import LABELS, read_cut_fields, read_patches, sha256
+from dasc.metrics import choose_threshold
+from dasc.network import CLASSES, SearchNetwork, load_backbone_weights, read_checkpoint
+from dasc.patches import load_patches
+from dasc.run import InputError, pick_device, record_run, run_script, save_checkpoint, true_or_false, write_csv
+
+# Edit here, or override one run with the flag of the same name.
+MANIFEST = "data/patches/patches.csv"  # patches to train on
+OUT = "results/NS"  # folder to write
+DATA_ROOT = ""  # dataset folder with the val fields; empty: where it lay at stage 1
+BACKBONE = "resnet18"  # any timm model that gives feature maps
+STRIDE = 16  # px of the patch per cell of the CAM; 16 is the third block of ResNet18
+PRETRAINED = True  # start from timm's ImageNet weights (needs the model hub)
+INIT_WEIGHTS = ""  # start from this timm state dict on disk instead
+EPOCHS = 25  # passes over as many label-balanced patches as the training split holds
+BATCH_SIZE = 128  # patches per step
+LR = 1e-4  # learning rate of Adam at the start; it falls to 0 along a cosine
+STAIN = 0.2  # stain augmentation: relative change of each stain's amount; 0 turns it off
+LIGHT = 0.2  # relative change of brightness and contrast
+FOCUS = 0.8  # largest share of fine detail blurred away, and half of it sharpened
+NAN_STEPS = 10  # steps in a row without a finite loss before training stops
+MATCH_UM = 7.5  # a detection this near to a mitosis is right; also the distance within which detections merge
+PER_MM2 = 1800.0  # candidates per mm2 looked at in the val fields, as in predict.py
+VIEWS = 8  # right-angle views averaged for every likely candidate, as in predict.py
+DEVICE = "auto"  # auto, cpu, cuda or mps
+SEED = 0
+WORKERS = 2  # threads that read patches into memory
+RESUME = False  # True: go on from OUT/last.pt
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags: the constants above in lower case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--manifest", default=MANIFEST, help="patches.csv to train on")
+    parser.add_argument("--out", default=OUT, help="folder to write")
+    parser.add_argument("--data_root", default=DATA_ROOT, help="dataset folder (default: where it lay at stage 1)")
+    parser.add_argument("--backbone", default=BACKBONE, help="timm model")
+    parser.add_argument("--stride", type=int, default=STRIDE, help="px per cell of the CAM")
+    parser.add_argument("--pretrained", type=true_or_false, default=PRETRAINED, help="timm's ImageNet weights")
+    parser.add_argument("--init_weights", default=INIT_WEIGHTS, help="timm state dict on disk to start from")
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="patches per step")
+    parser.add_argument("--lr", type=float, default=LR, help="learning rate at the start")
+    parser.add_argument("--stain", type=float, default=STAIN, help="strength of stain augmentation")
+    parser.add_argument("--light", type=float, default=LIGHT, help="strength of brightness and contrast changes")
+    parser.add_argument("--focus", type=float, default=FOCUS, help="strength of blurring and sharpening")
+    parser.add_argument("--nan_steps", type=int, default=NAN_STEPS, help="steps without a finite loss before it stops")
+    parser.add_argument("--match_um", type=float, default=MATCH_UM, help="a detection this near is right")
+    parser.add_argument("--per_mm2", type=float, default=PER_MM2, help="candidates per mm2 in the val fields")
+    parser.add_argument("--views", type=int, default=VIEWS, choices=(1, 2, 4, 8), help="views averaged per candidate")
+    parser.add_argument("--device", default=DEVICE, help="auto, cpu, cuda or mps")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--workers", type=int, default=WORKERS, help="threads that read patches")
+    parser.add_argument("--resume", type=true_or_false, nargs="?", const=True, default=RESUME)
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    device = pick_device(args.device)
+    manifest, out = Path(args.manifest), Path(args.out)
+    table = read_patches(manifest)
+    train, val = (table[table["split"] == split] for split in ("train", "val"))
+    for name, part in (("train", train), ("val", val)):
+        for label, word in LABELS.items():
+            if not (part["label"] == label).any():
+                raise InputError(
+                    f"{manifest}: split {name} has no {word} patch ({len(part)} in all); see --val, --test"
+                )
+    data_root, fields, annotations = read_cut_fields(manifest.parent, args.data_root)
+    train_patches, val_patches = (
+        load_patches([manifest.parent / patch for patch in part["patch"]], args.workers) for part in (train, val)
+    )
+    train_labels = torch.tensor(train["label"].to_numpy())
+
+    torch.manual_seed(args.seed)
+    network = SearchNetwork(args.backbone, args.stride, args.pretrained and not args.init_weights and not args.resume)
+    if args.init_weights:
+        load_backbone_weights(network, Path(args.init_weights))
+    network.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
+    config = {
+        "backbone": args.backbone,
+        "stride": args.stride,
+        "patch_size": train_patches.shape[-1],
+        "um_per_px": patch_um_per_px(manifest.parent),
+        "classes": list(CLASSES),
+        "threshold": 0.5,
+        "manifest_sha256": sha256(manifest),
+    }
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "workers", "resume")}
+    log, best = [], None
+    if args.resume:
+        checkpoint = read_checkpoint(out / "last.pt")
+        check_same_run(out / "last.pt", checkpoint, settings, config)
+        network.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        log, best = checkpoint["log"], checkpoint["best"]
+
+    steps = -(-len(train) // args.batch_size)
+    nan_steps = 0
+    for epoch in range(len(log), args.epochs):
+        generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)  # an epoch draws the same when resumed
+        torch.manual_seed(args.seed * 100_003 + epoch)
+        network.train()
+        total = 0.0
+        batches = tqdm(balanced_order(train_labels, generator).split(args.batch_size), f"epoch {epoch}", leave=False)
+        for step, batch in enumerate(batches):
+            optimizer.param_groups[0]["lr"] = args.lr * cosine((epoch + step / steps) / args.epochs)
+            views = training_view(train_patches[batch].to(device), generator, args.stain, args.light, args.focus)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss = F.cross_entropy(network(views).float(), train_labels[batch].to(device))
+            nan_steps = 0 if torch.isfinite(loss) else nan_steps + 1
+            if nan_steps == args.nan_steps:
+                raise InputError(f"the loss was not finite in {nan_steps} steps in a row (epoch {epoch}); lower --lr")
+            if nan_steps:
+                continue
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(batch)
+            batches.set_postfix(loss=f"{loss.item():.3f}", val_f1=f"{log[-1]['val_f1']:.3f}" if log else "-")
+
+        network.eval()
+        scores = score_patches(network, val_patches, 2 * args.batch_size)
+        val_f1 = best_f1(val["label"].to_numpy(), scores.numpy())
+        log.append({"epoch": epoch, "loss": total / len(train), "val_f1": val_f1})
+        if best is None or val_f1 > max(row["val_f1"] for row in log[:-1]):
+            best = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        state = {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "log": log, "best": best}
+        save_checkpoint(out / "last.pt", {**state, "config": config, "settings": settings})
+        write_csv(out / "log.csv", pd.DataFrame(log).round(6))
+
+    network.load_state_dict(best)
+    network.eval()
+    config["threshold"], curve = threshold_on_val(network, config, data_root, fields, annotations, args)
+    save_checkpoint(out / "model.pt", {"model": network.state_dict(), "config": config})
+    write_csv(out / "val_curve.csv", curve.round(6))
+    curves(out / "curves.png", pd.DataFrame(log), {"cross entropy": ["loss"], "F1 of the val patches": ["val_f1"]})
+    precision_recall(out / "val_curve.png", curve, config["threshold"])
+    epoch = max(range(len(log)), key=lambda index: log[index]["val_f1"])
+    record_run(out, args, patches=len(table), best_epoch=epoch, threshold=config["threshold"])
+    f1 = curve["f1"].max() if len(curve) else 0.0
+    print(
+        f"best epoch {epoch}; val fields: F1 {f1:.3f} at threshold {config['threshold']:.3f}; wrote {out / 'model.pt'}"
+    )
+    return 0
+
+
+def balanced_order(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Indices of one epoch: as many as there are patches, half of each label, every patch as evenly as can be."""
+    halves = []
+    for label in LABELS:
+        members = torch.nonzero(labels == label).flatten()
+        wanted = len(labels) // 2
+        rounds = [members[torch.randperm(len(members), generator=generator)] for _ in range(-(-wanted // len(members)))]
+        halves.append(torch.cat(rounds)[:wanted])
+    both = torch.cat(halves)
+    return both[torch.randperm(len(both), generator=generator)]
+
+
+def cosine(progress: float) -> float:
+    """Falls from 1 to 0 as progress goes from 0 to 1."""
+    return 0.5 * (1 + float(torch.cos(torch.tensor(progress * torch.pi))))
+
+
+def best_f1(labels, scores) -> float:
+    """F1 at the best threshold for these patches."""
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    return float((2 * precision * recall / (precision + recall).clip(min=1e-12)).max())
+
+
+def threshold_on_val(network, config, data_root, fields, annotations, args) -> tuple[float, pd.DataFrame]:
+    """Scan the val fields as predict.py would; the threshold with the best F1, and the whole curve."""
+    found = []
+    mitoses = annotations[annotations["label"] == 1]
+    for field in tqdm(list(fields[fields["split"] == "val"].itertuples()), "val fields", leave=False):
+        detections = scan_field(
+            network,
+            config,
+            read_field(data_root / field.path),
+            field.um_per_px,
+            batch_size=2 * args.batch_size,
+            per_mm2=args.per_mm2,
+            merge_um=args.match_um,
+            views=args.views,
+            smallest=0.01,
+        )
+        truth_px = mitoses.loc[mitoses["image"] == field.image, ["x_px", "y_px"]].to_numpy()
+        found_px = detections[["x_px", "y_px"]].to_numpy()
+        found.append((truth_px * field.um_per_px, found_px * field.um_per_px, detections["probability"].to_numpy()))
+    return choose_threshold(found, args.match_um)
+
+
+def patch_um_per_px(folder: Path) -> float:
+    """The resolution the patches were cut at, from stage 1's run.json."""
+    try:
+        return json.loads((folder / "run.json").read_text(encoding="utf-8"))["arguments"]["patch_um_per_px"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder / 'run.json'}: does not say the patches' resolution; cut them again") from error
+
+
+def check_same_run(path: Path, checkpoint: dict, settings: dict, config: dict) -> None:
+    """Refuse to go on with a run of other settings or other patches."""
+    if checkpoint["config"]["manifest_sha256"] != config["manifest_sha256"]:
+        raise InputError(f"{path}: was trained on another manifest than {settings['manifest']}; leave out --resume")
+    for name, value in settings.items():
+        if checkpoint["settings"].get(name) != value:
+            raise InputError(f"{path}: was begun with --{name} {checkpoint['settings'].get(name)}, not {value}")
+
+
+if __name__ == "__main__":
+    run_script(main, build_parser().parse_args())

@@ -1,0 +1,89 @@
+"""Random views of patches, drawn per patch and computed for the whole batch on the device."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Optical densities of hematoxylin, eosin and the rest for red, green and blue, one stain per row, unit length
+# (Ruifrok & Johnston 2001; the third row is orthogonal to the other two).
+STAINS = torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, -0.570, 0.776]])
+
+
+def to_float(patches: Tensor) -> Tensor:
+    """Patches (B, 3, H, W) uint8 to float in 0..1, laid out as convolutions like them."""
+    return patches.to(memory_format=torch.channels_last).float().div_(255)
+
+
+def dihedral(patches: Tensor, view: int) -> Tensor:
+    """View 0..7 of patches (B, C, S, S): view % 4 quarter turns, mirrored from view 4 on."""
+    patches = patches.flip(3) if view >= 4 else patches
+    return torch.rot90(patches, view % 4, dims=(2, 3))
+
+
+def affine(patches: Tensor, generator: torch.Generator, degrees: float, scale: float, shift: float) -> Tensor:
+    """Turn, mirror, scale and shift each patch (B, 3, S, S); what comes in from outside is mirrored at its edge.
+
+    Args:
+        degrees: largest angle either way. scale: largest relative change of size. shift: in parts of the side.
+    """
+    angle, size, x, y, mirror = _uniform(patches, generator, 5)
+    angle, size, mirror = angle * math.radians(degrees), 1 + size * scale, mirror.sign()
+    cos, sin = angle.cos() * size, angle.sin() * size
+    rows = torch.stack([cos * mirror, -sin, 2 * shift * x, sin * mirror, cos, 2 * shift * y], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(rows, list(patches.shape), align_corners=False)
+    return F.grid_sample(patches, grid, padding_mode="reflection", align_corners=False)
+
+
+def jitter_stain(patches: Tensor, generator: torch.Generator, strength: float, offset: float) -> Tensor:
+    """Change how much of each stain a patch (B, 3, H, W; 0..1) took up, as another laboratory or scanner would.
+
+    In optical density the amount of every stain is multiplied by 1 +- strength and moved by +- offset
+    (Tellez et al. 2018), which for a pixel is one 3x3 matrix and one shift.
+    """
+    stains = STAINS.to(patches)
+    factors = 1 + strength * _uniform(patches, generator, 3).T  # (B, 3)
+    moves = offset * _uniform(patches, generator, 3).T
+    matrices = torch.linalg.inv(stains) @ (factors[:, :, None] * stains)  # (B, 3, 3): density row times matrix
+    density = patches.clamp(min=1 / 255).log_()  # minus the optical density: the signs cancel at the end
+    mixed = torch.einsum("bchw,bcd->bdhw", density, matrices) - (moves @ stains)[:, :, None, None]
+    return mixed.exp_().clamp_(0, 1)
+
+
+def jitter_light(patches: Tensor, generator: torch.Generator, brightness: float, contrast: float) -> Tensor:
+    """Multiply each patch's contrast about its mean by 1 +- contrast and its brightness by 1 +- brightness."""
+    light, spread = _uniform(patches, generator, 2).view(2, -1, 1, 1, 1)
+    mean = patches.mean(dim=(1, 2, 3), keepdim=True)
+    return ((patches - mean) * (1 + contrast * spread) + mean * (1 + brightness * light)).clamp_(0, 1)
+
+
+def jitter_focus(patches: Tensor, generator: torch.Generator, blur: float, sharpen: float) -> Tensor:
+    """Mix each patch with its 5x5 binomial blur: from `sharpen` times the detail added to `blur` times removed."""
+    row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=patches.device) / 16
+    kernel = torch.outer(row, row).expand(3, 1, 5, 5)
+    blurred = F.conv2d(F.pad(patches, (2, 2, 2, 2), mode="reflect"), kernel, groups=3)
+    share = _uniform(patches, generator, 1).view(-1, 1, 1, 1)
+    share = torch.where(share > 0, share * blur, share * sharpen)
+    return torch.lerp(patches, blurred, share).clamp_(0, 1)
+
+
+def _uniform(patches: Tensor, generator: torch.Generator, rows: int) -> Tensor:
+    """Numbers in -1..1, (rows, B). Drawn on the CPU, so that every device sees the same views."""
+    return (torch.rand(rows, len(patches), generator=generator) * 2 - 1).to(patches.device)
+
+
+def training_view(patches: Tensor, generator: torch.Generator, stain: float, light: float, focus: float) -> Tensor:
+    """One random view of every patch (B, 3, S, S) uint8 for training: float in 0..1, the same shape.
+
+    Args:
+        stain, light, focus: strengths of `jitter_stain`, `jitter_light` and `jitter_focus`; 0 leaves that one out.
+    """
+    views = affine(to_float(patches), generator, degrees=180, scale=0.15, shift=0.05)
+    if stain:
+        views = jitter_stain(views, generator, stain, stain / 4)
+    if light:
+        views = jitter_light(views, generator, light, light)
+    if focus:
+        views = jitter_focus(views, generator, focus, focus / 2)
+    return views

@@ -1,0 +1,89 @@
+"""Scan a field with a network: candidates, probabilities, places, merging."""
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.spatial import cKDTree
+
+from dasc.augment import dihedral, to_float
+from dasc.network import SearchNetwork
+from dasc.nuclei import find_candidates
+from dasc.patches import PatchCutter
+
+
+@torch.inference_mode()
+def score_patches(network: SearchNetwork, patches: torch.Tensor, batch_size: int, views: int = 1) -> torch.Tensor:
+    """p(mitosis) of patches (N, 3, S, S) uint8 anywhere: (N,) on the CPU.
+
+    Args:
+        views: how many right-angle views of a patch are averaged, in logits: 1, 2, 4 or 8.
+    """
+    device = next(network.parameters()).device
+    scores = [torch.empty(0)]
+    for batch in patches.split(batch_size):
+        batch = to_float(batch.to(device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = sum(network(dihedral(batch, view)).float() for view in range(views)) / views
+        scores.append(torch.softmax(logits, dim=1)[:, 1].cpu())
+    return torch.cat(scores)
+
+
+def score_points(
+    network: SearchNetwork, cutter: PatchCutter, points_px: np.ndarray, batch_size: int, views: int = 1
+) -> np.ndarray:
+    """p(mitosis) (N,) at points (N, 2) of the cutter's field, in batches that never lie in memory together."""
+    scores = [
+        score_patches(network, torch.from_numpy(cutter.cut(points_px[start : start + batch_size])), batch_size, views)
+        for start in range(0, len(points_px), batch_size)
+    ]
+    return torch.cat([torch.empty(0), *scores]).numpy()
+
+
+def merge(points_px: np.ndarray, probabilities: np.ndarray, radius_px: float) -> np.ndarray:
+    """Indices of the detections that stay, strongest first: none within the radius of a stronger one."""
+    order = np.argsort(-probabilities, kind="stable")
+    tree = cKDTree(points_px) if len(points_px) else None
+    alive = np.ones(len(points_px), dtype=bool)
+    kept = []
+    for index in order:
+        if alive[index]:
+            kept.append(index)
+            alive[tree.query_ball_point(points_px[index], radius_px)] = False
+    return np.array(kept, dtype=int)
+
+
+def scan_field(
+    network: SearchNetwork,
+    config: dict,
+    image: np.ndarray,
+    um_per_px: float,
+    *,
+    batch_size: int,
+    per_mm2: float,
+    merge_um: float,
+    views: int,
+    smallest: float,
+) -> pd.DataFrame:
+    """Detections of one field (H, W, 3) uint8, strongest first: x_px, y_px in its own pixels, probability.
+
+    Args:
+        config: the checkpoint's: patch_size in px and um_per_px.
+        per_mm2: candidates looked at per mm2. merge_um: detections nearer than this become the strongest of them.
+        views: right-angle views averaged for every candidate whose first look gives at least `smallest`.
+        smallest: detections below this probability are left out.
+    """
+    points_px, _ = find_candidates(image, um_per_px, per_mm2)
+    cutter = PatchCutter(image, um_per_px, config["um_per_px"], config["patch_size"])
+    probabilities = score_points(network, cutter, points_px, batch_size)
+    worth = probabilities >= smallest
+    points_px, probabilities = points_px[worth], probabilities[worth]
+    if views > 1:
+        probabilities = score_points(network, cutter, points_px, batch_size, views)
+    kept = merge(points_px, probabilities, merge_um / um_per_px)
+    return pd.DataFrame(
+        {
+            "x_px": points_px[kept, 0],
+            "y_px": points_px[kept, 1],
+            "probability": probabilities[kept].astype(float),
+        }
+    )

@@ -1,0 +1,93 @@
+"""Detections in the formats other programs read: CSV, grand-challenge JSON, QuPath GeoJSON."""
+
+import uuid
+from pathlib import Path
+
+import pandas as pd
+
+from dasc.run import InputError, write_csv, write_json
+
+COLUMNS = ["image", "x_px", "y_px", "x_um", "y_um", "probability", "mitosis"]
+FORMULA_STARTS = ("=", "+", "-", "@", "\t")  # a spreadsheet runs a cell that begins with one of these
+SMALLEST_MM, LARGEST_MM = -0.0075, 10  # the range of points grand-challenge's evaluator accepts
+MITOTIC = {"name": "Mitotic figure", "color": [200, 0, 0]}
+NON_MITOTIC = {"name": "Non-mitotic figure", "color": [60, 90, 200]}
+
+
+def write_detections(path: Path, table: pd.DataFrame) -> None:
+    """Write detections.csv: image, x_px, y_px, x_um, y_um, probability, mitosis (1 or 0).
+
+    table has these columns; x_um and y_um are NaN, or absent, where um/px is unknown, and stay empty.
+    Coordinates are rounded to 3 decimals, probabilities to 6. An image name that a spreadsheet would run as
+    a formula gets a single quote before it. Raises InputError where the file cannot be written.
+    """
+    missing = set(COLUMNS) - set(table) - {"x_um", "y_um"}
+    if missing:
+        raise InputError(f"{path}: detections without {sorted(missing)}, expected {COLUMNS}")
+    table = table.reindex(columns=COLUMNS)
+    table["image"] = [_cell(str(name)) for name in table["image"]]
+    table["mitosis"] = table["mitosis"].astype(int)
+    write_csv(path, table.round({name: 6 if name == "probability" else 3 for name in COLUMNS[1:-1]}))
+
+
+def write_mitotic_figures(
+    path: Path, detections: pd.DataFrame, um_per_px: float | None, threshold: float, smallest: float
+) -> None:
+    """Write one field's detections as grand-challenge points: millimetres, x then y, z 0.
+
+    detections: x_px, y_px, probability. Written is what reaches `smallest`; at or above `threshold` it is a
+    "mitotic figure", below a "non-mitotic figure". Raises InputError without a known um/px, because pixels
+    would be read as millimetres, and for a point the evaluator refuses: it takes regions of up to 10 mm.
+    """
+    if um_per_px is None or not um_per_px > 0:
+        raise InputError(f"{path}: um/px is {um_per_px}, the format is in millimetres: give --um_per_px")
+    points = []
+    written = detections[detections["probability"] >= smallest]
+    for x_px, y_px, probability in written[["x_px", "y_px", "probability"]].to_numpy(float).tolist():
+        x_mm, y_mm = (round(value * um_per_px / 1000, 6) for value in (x_px, y_px))
+        if not all(SMALLEST_MM <= value <= LARGEST_MM for value in (x_mm, y_mm)):
+            raise InputError(
+                f"{path}: a point at {x_mm:g}, {y_mm:g} mm, expected {SMALLEST_MM} to {LARGEST_MM} mm: "
+                "the format is for regions only, not for whole slides"
+            )
+        name = "mitotic figure" if probability >= threshold else "non-mitotic figure"
+        points.append({"name": name, "point": [x_mm, y_mm, 0], "probability": round(probability, 6)})
+    content = {"name": "Points of interest", "type": "Multiple points", "points": points}
+    write_json(path, content | {"version": {"major": 1, "minor": 0}})
+
+
+def write_geojson(path: Path, detections: pd.DataFrame) -> None:
+    """Write one field's detections as a GeoJSON that QuPath imports with classes and scores.
+
+    detections: image, x_px, y_px, probability, mitosis. QuPath counts from the corner of the first pixel,
+    we from its centre, so half a pixel is added. The ids are made from image and place: the same table, the
+    same bytes.
+    """
+    columns = ["image", "x_px", "y_px", "probability", "mitosis"]
+    features = []
+    for image, x_px, y_px, probability, mitosis in detections[columns].itertuples(index=False, name=None):
+        place = [round(float(x_px) + 0.5, 3), round(float(y_px) + 0.5, 3)]
+        properties = {
+            "objectType": "detection",
+            "classification": MITOTIC if mitosis else NON_MITOTIC,
+            "measurements": {"Probability": round(float(probability), 6)},
+        }
+        features.append(
+            {
+                "type": "Feature",
+                "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{_encodable(str(image))}#{place[0]},{place[1]}")),
+                "geometry": {"type": "Point", "coordinates": place},
+                "properties": properties,
+            }
+        )
+    write_json(path, {"type": "FeatureCollection", "features": features})
+
+
+def _cell(text: str) -> str:
+    text = _encodable(text).replace("\r", "\\r")  # the writer does not quote it, and readers end the row there
+    return "'" + text if text.startswith(FORMULA_STARTS) else text
+
+
+def _encodable(text: str) -> str:
+    """Spell out the bytes of a file name that are not UTF-8, which no text file can hold."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,0 +1,117 @@
+"""The CSV manifests that stages hand on: read with their types, checked, joined by the key `patch`."""
+
+import hashlib
+import json
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pandas as pd
+
+from dasc.run import InputError
+
+LABELS = {0: "negative", 1: "mitosis"}
+SPLITS = ("train", "val", "test")
+
+# One row per nucleus patch. patch: POSIX path relative to the manifest, the key of every later table.
+# x_px, y_px: its centre in the field; point_x_px, point_y_px: the annotated point in the patch, empty without one;
+# score: p(mitosis) of the search network where origin is searched, else empty.
+PATCHES = {
+    "patch": str,
+    "image": str,
+    "case": str,
+    "split": str,
+    "label": int,
+    "origin": str,
+    "x_px": float,
+    "y_px": float,
+    "point_x_px": float,
+    "point_y_px": float,
+    "score": float,
+}
+FIELDS = {"image": str, "path": str, "case": str, "split": str, "um_per_px": float}
+ANNOTATIONS = {"image": str, "x_px": float, "y_px": float, "label": int}
+
+
+def read_table(path: Path, columns: dict[str, type], made_by: str) -> pd.DataFrame:
+    """Read a CSV that a stage wrote; text stays text (a case `041` or `NA` too).
+
+    Args:
+        columns: the columns it must have, with their types.
+        made_by: the command that makes it, for the error when it is missing.
+
+    Raises:
+        InputError: no such file, not a CSV, a column that is missing, a cell that is not of its type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; `{made_by}` makes it")
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+    except (ValueError, pd.errors.ParserError) as error:
+        raise InputError(f"{path}: not a readable CSV ({str(error).splitlines()[0]})") from error
+    absent = [column for column in columns if column not in table.columns]
+    if absent:
+        raise InputError(f"{path}: column {', '.join(absent)} is missing; found {', '.join(table.columns)}")
+    for column, kind in columns.items():
+        if kind is str:
+            continue
+        numbers = pd.to_numeric(table[column], errors="coerce")
+        wrong = numbers.isna() & ((table[column] != "") | (kind is int))
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise InputError(f"{path}, row {row + 2}: {column} is {table[column][row]!r}, expected a number")
+        table[column] = numbers.astype(kind)
+    return table[list(columns)]
+
+
+def read_patches(path: Path) -> pd.DataFrame:
+    """Read a patches.csv.
+
+    Raises:
+        InputError: as `read_table`; a patch twice, a path that leaves the folder, an unknown label or split.
+    """
+    table = read_table(path, PATCHES, "python pre/cut_patch_2.py")
+    twice = table["patch"][table["patch"].duplicated()]
+    if len(twice):
+        raise InputError(f"{path}: patch {twice.iloc[0]} stands in it twice")
+    for patch in table["patch"]:
+        inside(patch, path)
+    for column, known in (("label", LABELS), ("split", SPLITS)):
+        strange = table[column][~table[column].isin(list(known))]
+        if len(strange):
+            raise InputError(f"{path}: {column} {strange.iloc[0]!r}, expected one of {', '.join(map(str, known))}")
+    return table
+
+
+def inside(path_text: str, manifest: Path) -> str:
+    """Return a path of a manifest unchanged where it stays in the manifest's folder.
+
+    Raises:
+        InputError: an absolute path or one with `..`.
+    """
+    path = PurePosixPath(path_text)
+    if not path_text or path.is_absolute() or ".." in path.parts or "\\" in path_text or ":" in path.parts[0]:
+        raise InputError(f"{manifest}: path {path_text!r} leaves the folder; expected one relative to it")
+    return path_text
+
+
+def read_cut_fields(folder: Path, data_root: str = "") -> tuple[Path, pd.DataFrame, pd.DataFrame]:
+    """The fields that stage 1 cut: dataset folder, fields and annotations.
+
+    Args:
+        data_root: dataset folder that holds the images; empty means where it lay at stage 1.
+    """
+    made_by = "python pre/cut_patch_2.py"
+    fields = read_table(folder / "fields.csv", FIELDS, made_by)
+    annotations = read_table(folder / "annotations.csv", ANNOTATIONS, made_by)
+    if not data_root:
+        try:
+            data_root = json.loads((folder / "run.json").read_text(encoding="utf-8"))["data_root"]
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{folder / 'run.json'}: does not say where the dataset lies; name --data_root") from error
+    return Path(data_root), fields, annotations
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

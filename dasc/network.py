@@ -1,0 +1,145 @@
+"""The search network: a timm backbone cut at one stride, a class activation map (CAM) head, and its checkpoint."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from dasc.run import InputError
+
+CLASSES = ("negative", "mitosis")  # the order of the labels 0 and 1
+
+
+class SearchNetwork(nn.Module):
+    """Backbone up to one stride, 1x1 convolution to a CAM per class, global max pooling to logits.
+
+    Takes patches (B, 3, H, W), float in 0..1, RGB; normalises them itself.
+
+    Args:
+        backbone: name of a timm model that gives feature maps.
+        stride: pixels of the patch per cell of the feature map; 16 is the third block of a ResNet.
+        pretrained: load timm's ImageNet weights, which needs the model hub.
+
+    Raises:
+        InputError: an unknown backbone, one without feature maps at that stride, or no answer from the hub.
+    """
+
+    def __init__(self, backbone: str, stride: int = 16, pretrained: bool = False) -> None:
+        super().__init__()
+        strides = _feature_strides(backbone)
+        if stride not in strides:
+            raise InputError(f"backbone {backbone}: has feature maps at strides {strides}, none at {stride}")
+        options = {"features_only": True, "out_indices": (strides.index(stride),)}
+        try:
+            self.backbone = timm.create_model(backbone, pretrained=pretrained, **options)
+        except Exception as error:  # hub clients raise types of their own, one family per release
+            if not pretrained:
+                raise
+            raise InputError(
+                f"backbone {backbone}: its ImageNet weights could not be loaded ({type(error).__name__}); without "
+                "a network use --init_weights FILE with weights on disk, or --pretrained False to start from random"
+            ) from error
+        config = self.backbone.pretrained_cfg
+        self.cam_head = nn.Conv2d(self.backbone.feature_info.channels()[-1], len(CLASSES), kernel_size=1)
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
+
+    def features(self, patches: Tensor) -> Tensor:
+        """Feature maps (B, C, H / stride, W / stride) of patches (B, 3, H, W)."""
+        return self.backbone((patches - self.mean) / self.std)[-1]
+
+    def cam(self, features: Tensor) -> Tensor:
+        """Class activation maps (B, classes, h, w), in logits."""
+        return self.cam_head(features)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Logits (B, classes): the largest activation of each class."""
+        return self.cam(self.features(patches)).amax(dim=(2, 3))
+
+
+def _feature_strides(backbone: str) -> list[int]:
+    if not timm.is_model(backbone):
+        near = timm.list_models(f"*{backbone[:6]}*")[:5] or timm.list_models("resnet1*")[:5]
+        raise InputError(f"unknown backbone {backbone!r}; timm has for instance {', '.join(near)}")
+    try:
+        with torch.device("meta"):
+            return timm.create_model(backbone, features_only=True).feature_info.reduction()
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        raise InputError(f"backbone {backbone}: gives no feature maps; choose a convolutional one") from error
+
+
+def load_backbone_weights(network: SearchNetwork, path: Path) -> None:
+    """Start the backbone from a timm state dict on disk (the weights of the whole model, or of the cut one).
+
+    Raises:
+        InputError: unreadable file, or weights of another backbone: every tensor the backbone has must be there.
+    """
+    weights = _read_tensors(path)
+    weights = weights.get("model", weights) if isinstance(weights, dict) else {}
+    wanted = network.backbone.state_dict()
+    absent = [
+        name
+        for name, tensor in wanted.items()
+        if not isinstance(weights.get(name), Tensor) or weights[name].shape != tensor.shape
+    ]
+    if absent:
+        raise InputError(
+            f"{path}: does not fit the backbone: {len(absent)} of {len(wanted)} tensors are missing or of another "
+            f"shape (first: {absent[0]}); expected a timm state dict of the same --backbone"
+        )
+    network.backbone.load_state_dict({name: weights[name] for name in wanted})
+
+
+def build_network(config: dict[str, Any]) -> SearchNetwork:
+    """The network that a checkpoint's config describes, with random weights."""
+    return SearchNetwork(config["backbone"], config["stride"])
+
+
+def load_network(path: Path, device: torch.device) -> tuple[SearchNetwork, dict[str, Any]]:
+    """Load a checkpoint for prediction: the network in evaluation mode on `device`, and its config.
+
+    Config: backbone, stride, patch_size (px), um_per_px, threshold, classes, manifest_sha256.
+
+    Raises:
+        InputError: no such file, not a checkpoint (files that would run code are refused), or an incomplete one.
+    """
+    checkpoint = read_checkpoint(path)
+    config = checkpoint["config"]
+    network = build_network(config)
+    try:
+        network.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise InputError(f"{path}: its weights do not fit its own config ({config['backbone']})") from error
+    return network.to(device, memory_format=torch.channels_last).eval(), config
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of ours: a dict with at least model (state dict) and config.
+
+    Raises:
+        InputError: as `load_network`.
+    """
+    checkpoint = _read_tensors(path)
+    if not isinstance(checkpoint, dict) or not {"model", "config"} <= checkpoint.keys():
+        raise InputError(f"{path}: not a checkpoint of this project (expected model and config in it)")
+    wanted = ("backbone", "stride", "patch_size", "um_per_px", "threshold", "classes")
+    absent = [key for key in wanted if key not in checkpoint["config"]]
+    if absent:
+        raise InputError(f"{path}: its config lacks {', '.join(absent)}; train it again")
+    if tuple(checkpoint["config"]["classes"]) != CLASSES:
+        raise InputError(f"{path}: its classes are {checkpoint['config']['classes']}, expected {CLASSES}")
+    return checkpoint
+
+
+def _read_tensors(path: Path) -> Any:
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; NS/sigle.py writes model.pt, and --model_path names another")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+        raise InputError(f"{path}: not a readable checkpoint, or one that would run code ({reason})") from error

@@ -1,0 +1,116 @@
+"""Nucleus patches: cut from a field at one resolution, written as PNG, read into memory."""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from torch import Tensor
+
+from dasc.run import InputError
+
+
+def resample(image: np.ndarray, um_per_px: float, to_um_per_px: float) -> np.ndarray:
+    """A field (H, W, 3) uint8 at another resolution; itself where the sizes agree."""
+    scale = um_per_px / to_um_per_px
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    if (height, width) == image.shape[:2]:
+        return image
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    return cv2.resize(image, (width, height), interpolation=interpolation)
+
+
+class PatchCutter:
+    """Cuts patches of `size` px at `to_um_per_px` from one field; the field is mirrored beyond its edge.
+
+    Args:
+        image: field (H, W, 3) uint8. um_per_px: its resolution.
+    """
+
+    def __init__(self, image: np.ndarray, um_per_px: float, to_um_per_px: float, size: int) -> None:
+        self.size = size
+        small = resample(image, um_per_px, to_um_per_px)
+        self.scale = np.array([small.shape[1] / image.shape[1], small.shape[0] / image.shape[0]])
+        self.margin = size  # half a patch, and room for the corners of a turned and shifted one
+        self.padded = cv2.copyMakeBorder(small, *[self.margin] * 4, cv2.BORDER_REFLECT)
+
+    def _in_padded(self, points_px: np.ndarray) -> np.ndarray:
+        return (np.asarray(points_px, dtype=float) + 0.5) * self.scale - 0.5 + self.margin
+
+    def cut(self, points_px: np.ndarray) -> np.ndarray:
+        """Patches (N, 3, size, size) uint8 about points (N, 2) of the field, x and y in the field's own pixels."""
+        corners = np.round(self._in_padded(points_px)).astype(int) - self.size // 2
+        windows = sliding_window_view(self.padded, (self.size, self.size), axis=(0, 1))
+        return windows[corners[:, 1], corners[:, 0]]
+
+    def cut_turned(self, point_px: np.ndarray, angle: float) -> np.ndarray:
+        """One patch (3, size, size) uint8 about a point, turned by `angle` degrees."""
+        x, y = self._in_padded(point_px)
+        matrix = cv2.getRotationMatrix2D((float(x), float(y)), angle, 1.0)
+        matrix[:, 2] += self.size // 2 - np.array([x, y])
+        patch = cv2.warpAffine(
+            self.padded, matrix, (self.size, self.size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT
+        )
+        return patch.transpose(2, 0, 1)
+
+    def place(self, point_px: np.ndarray, centre_px: np.ndarray, angle: float = 0.0) -> np.ndarray:
+        """Where a point of the field lies in the patch about `centre_px`: x and y in the patch's pixels."""
+        centre = self._in_padded(centre_px)
+        if not angle:
+            centre = np.round(centre)
+        x, y = self._in_padded(point_px) - centre
+        cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+        return np.array([cos * x + sin * y, cos * y - sin * x]) + self.size // 2
+
+
+def write_patch(path: Path, patch: np.ndarray) -> None:
+    """Write a patch (3, S, S) uint8 RGB as PNG."""
+    _, data = cv2.imencode(".png", cv2.cvtColor(patch.transpose(1, 2, 0), cv2.COLOR_RGB2BGR))
+    try:
+        path.write_bytes(data.tobytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def read_patch(path: Path) -> np.ndarray:
+    """Read a patch as (H, W, 3) uint8 RGB.
+
+    Raises:
+        InputError: the file is gone or is not an image.
+    """
+    try:
+        data = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    except OSError as error:
+        raise InputError(f"{path}: patch cannot be read ({error.strerror}); cut the patches again") from error
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+    if image is None:
+        raise InputError(f"{path}: patch is not a readable image; cut the patches again")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def load_patches(paths: list[Path], workers: int) -> Tensor:
+    """All patches in memory: (N, 3, S, S) uint8, in the order of `paths`.
+
+    Raises:
+        InputError: a patch that is gone, broken or of another size than the first.
+    """
+    if not paths:
+        return torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+    first = read_patch(paths[0])
+    patches = torch.empty(len(paths), 3, *first.shape[:2], dtype=torch.uint8)
+
+    def read(index: int) -> None:
+        patch = read_patch(paths[index])
+        if patch.shape != first.shape or first.shape[0] != first.shape[1]:
+            raise InputError(
+                f"{paths[index]}: {patch.shape[1]} x {patch.shape[0]} px, "
+                f"expected square patches of one size ({first.shape[1]} px)"
+            )
+        patches[index] = torch.from_numpy(patch).permute(2, 0, 1)
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        list(pool.map(read, range(len(paths)), chunksize=64))
+    return patches

@@ -1,0 +1,304 @@
+"""Stages 1 and 3 of 9: cut nucleus patches from annotated fields; with a search network, its false positives too.
+
+Reads a dataset (README, "Datasets"); with --fp_mdoel True also the model of stage 2.
+Writes OUT/{train,val,test}/{mitosis,negative}/*.png, patches.csv, fields.csv, annotations.csv and run.json.
+All patches show the same width of tissue; every coordinate stays in the field's own pixels.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import threading
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import pandas as pd
+from scipy.spatial import cKDTree
+from tqdm import tqdm
+
+from dasc.datasets import READERS, drop_outside, parse_cases, read_dataset
+from dasc.detect import score_points
+from dasc.fields import read_field, resolution
+from dasc.manifest import ANNOTATIONS, FIELDS, LABELS, PATCHES, SPLITS
+from dasc.network import load_network
+from dasc.nuclei import find_candidates
+from dasc.patches import PatchCutter, write_patch
+from dasc.run import InputError, pick_device, record_run, run_script, true_or_false, write_csv, write_json
+
+# Edit here, or override one run with the flag of the same name.
+DATASET = "sample"  # sample, midog, mitos14, tupac16, tupac16_al or table
+DATA_ROOT = "data/sample"  # folder of the dataset
+OUT = ""  # folder to write; empty: data/patches, or data/patches_ns with --fp_mdoel True
+VAL = ""  # cases or ids for validation, A,B; empty: the dataset's own (the paper's) split
+TEST = ""  # cases or ids for the test
+UM_PER_PX = 0.0  # resolution of the fields in um/px; 0: as the dataset or the file states it
+PATCH_SIZE = 80  # side of a patch in px
+PATCH_UM_PER_PX = 0.25  # resolution of the patches: 80 px show 20 um
+PER_MM2 = 1800.0  # candidate nuclei per mm2, best ranked first; more find more and cost more
+SHIFTS = 3  # moved copies of every mitosis of the training split
+SHIFT_SHARE = 0.2  # largest move of a copy, in parts of the patch
+TURN_PROBABILITY = 0.8  # share of the copies that are also turned, by 60 to 180 degrees
+EXCLUDE_UM = 20.0  # candidates nearer than this to a mitosis are never negatives
+SAME_UM = 7.5  # candidates nearer than this to an annotated hard negative are the same nucleus
+RANDOM_PER_POSITIVE = 1.0  # random negatives per mitosis patch of a training field
+RANDOM_PER_FIELD = 40  # random negatives in every field of val and test
+HARD_NEGATIVES = True  # cut the annotated look-alikes too
+FP_MDOEL = False  # True: stage 3, search the training fields with the model for false positives
+MODEL_PATH = "results/NS/model.pt"  # the search network of stage 2
+SEARCH_ABOVE = 0.5  # p(mitosis) above which a candidate away from every mitosis is a false positive
+RANDOM_PER_SEARCHED = 1.0  # random negatives kept beside every searched one
+DEVICE = "auto"  # auto, cpu, cuda or mps; only the search uses it
+BATCH_SIZE = 256  # patches scored together in the search
+SEED = 0
+WORKERS = 2  # fields cut at the same time; each holds one field in memory
+RESUME = False  # True: go on with an interrupted run of the same settings
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags: the constants above in lower case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default=DATASET, choices=list(READERS), help="form of the dataset")
+    parser.add_argument("--data_root", default=DATA_ROOT, help="folder of the dataset")
+    parser.add_argument("--out", default=OUT, help="folder to write (default: data/patches; stage 3: data/patches_ns)")
+    parser.add_argument("--val", default=VAL, help="cases for validation, A,B (default: the paper's)")
+    parser.add_argument("--test", default=TEST, help="cases for the test, A,B (default: the paper's)")
+    parser.add_argument("--um_per_px", type=float, default=UM_PER_PX, help="resolution of the fields; 0: as stated")
+    parser.add_argument("--patch_size", type=int, default=PATCH_SIZE, help="side of a patch in px")
+    parser.add_argument("--patch_um_per_px", type=float, default=PATCH_UM_PER_PX, help="resolution of the patches")
+    parser.add_argument("--per_mm2", type=float, default=PER_MM2, help="candidate nuclei per mm2")
+    parser.add_argument("--shifts", type=int, default=SHIFTS, help="moved copies of every training mitosis")
+    parser.add_argument("--shift_share", type=float, default=SHIFT_SHARE, help="largest move, in parts of the patch")
+    parser.add_argument("--turn_probability", type=float, default=TURN_PROBABILITY, help="share of turned copies")
+    parser.add_argument("--exclude_um", type=float, default=EXCLUDE_UM, help="no negative nearer to a mitosis")
+    parser.add_argument("--same_um", type=float, default=SAME_UM, help="nearer to a hard negative: the same nucleus")
+    parser.add_argument("--random_per_positive", type=float, default=RANDOM_PER_POSITIVE, help="in training fields")
+    parser.add_argument("--random_per_field", type=int, default=RANDOM_PER_FIELD, help="in val and test fields")
+    parser.add_argument("--hard_negatives", type=true_or_false, default=HARD_NEGATIVES, help="cut look-alikes")
+    parser.add_argument(
+        "--fp_mdoel",
+        type=true_or_false,
+        nargs="?",
+        const=True,
+        default=FP_MDOEL,
+        help="True: stage 3, search",
+    )
+    parser.add_argument("--model_path", default=MODEL_PATH, help="search network of stage 2")
+    parser.add_argument("--search_above", type=float, default=SEARCH_ABOVE, help="p(mitosis) of a false positive")
+    parser.add_argument("--random_per_searched", type=float, default=RANDOM_PER_SEARCHED, help="beside searched ones")
+    parser.add_argument("--device", default=DEVICE, help="auto, cpu, cuda or mps")
+    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="patches scored together")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--workers", type=int, default=WORKERS, help="fields cut at the same time")
+    parser.add_argument("--resume", type=true_or_false, nargs="?", const=True, default=RESUME)
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    dataset = read_dataset(
+        args.dataset, Path(args.data_root), parse_cases(args.val) or None, parse_cases(args.test) or None
+    )
+    fields = dataset.fields[dataset.fields["split"].isin(SPLITS)].reset_index(drop=True)
+    network = config = None
+    if args.fp_mdoel:
+        network, config = load_network(Path(args.model_path), pick_device(args.device))
+        check_model(config, args)
+    out = Path(args.out or ("data/patches_ns" if args.fp_mdoel else "data/patches"))
+    partial = start(out, args)
+
+    annotations = dict(tuple(dataset.annotations.groupby("image")))
+    none = dataset.annotations[:0]
+    turn = threading.Lock()
+    skipped = {}
+
+    def cut(field) -> None:
+        try:
+            cut_field(field, annotations.get(field.image, none), dataset.root, partial, args, network, turn)
+        except InputError as error:
+            skipped[field.image] = str(error)
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+
+    with ThreadPoolExecutor(args.workers) as pool:
+        jobs = [pool.submit(cut, field) for field in fields.itertuples()]
+        try:
+            for job in tqdm(jobs, desc="fields", unit="field"):
+                job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if len(skipped) == len(fields):
+        raise InputError(f"none of the {len(fields)} fields could be cut; the first: {next(iter(skipped.values()))}")
+    finish(out, partial, fields[~fields["image"].isin(list(skipped))], dataset.root, skipped, args)
+    return 1 if skipped else 0
+
+
+def check_model(config: dict, args: argparse.Namespace) -> None:
+    for name, wanted in (("patch_size", args.patch_size), ("um_per_px", args.patch_um_per_px)):
+        if config[name] != wanted:
+            raise InputError(f"{args.model_path}: trained at {name} {config[name]}, these patches have {wanted}")
+
+
+def start(out: Path, args: argparse.Namespace) -> Path:
+    """The folder to work in, beside `out`, which it replaces at the end: a killed run leaves `out` as it was."""
+    if out.exists() and not (out / "patches.csv").is_file() and any(out.iterdir()):
+        raise InputError(f"{out}: holds files but no patches.csv; name another --out")
+    partial = out.with_name(out.name + ".partial")
+    settings = repr(sorted((key, value) for key, value in vars(args).items() if key not in ("resume", "workers")))
+    note = partial / "settings.txt"
+    if args.resume and note.is_file() and note.read_text(encoding="utf-8") != settings:
+        raise InputError(f"{partial}: was begun with other settings; repeat those or leave out --resume")
+    if partial.exists() and not args.resume:
+        shutil.rmtree(partial)
+    for folder in ("fields", *(f"{split}/{label}" for split in SPLITS for label in LABELS.values())):
+        (partial / folder).mkdir(parents=True, exist_ok=True)
+    note.write_text(settings, encoding="utf-8")
+    return partial
+
+
+class Cut(NamedTuple):
+    """One patch to write: centre in the field, annotated point in the patch (NaN without one), uint8 (3, S, S)."""
+
+    label: int
+    origin: str
+    centre: np.ndarray
+    point: np.ndarray
+    score: float
+    patch: np.ndarray
+
+
+NO_POINT = np.full(2, np.nan)
+
+
+def cut_field(field, annotations: pd.DataFrame, root: Path, partial: Path, args, network, turn) -> None:
+    """Cut one field into `partial`; its record is written last and stands for a whole field."""
+    record = partial / "fields" / f"{quote(field.image, safe='')}.json"
+    if record.is_file():
+        return
+    path = root / field.path
+    image = read_field(path)
+    um_per_px, _ = resolution(path, args.um_per_px, field.um_per_px)
+    annotations, outside = drop_outside(annotations, image.shape[1], image.shape[0])
+    if outside:
+        tqdm.write(f"{field.image}: {outside} annotations outside the field dropped", file=sys.stderr)
+    mitoses = annotations.loc[annotations["label"] == 1, ["x_px", "y_px"]].to_numpy(float)
+    look_alikes = annotations.loc[annotations["label"] == 0, ["x_px", "y_px"]].to_numpy(float)
+    rng = np.random.default_rng([args.seed, zlib.crc32(field.image.encode())])
+    cutter = PatchCutter(image, um_per_px, args.patch_um_per_px, args.patch_size)
+
+    cuts = [at_point(cutter, 1, "annotated", point) for point in mitoses]
+    if field.split == "train":
+        cuts += [shifted(cutter, point, image.shape, args, rng) for point in mitoses for _ in range(args.shifts)]
+    wanted = round(args.random_per_positive * len(cuts)) if field.split == "train" else args.random_per_field
+    if args.hard_negatives:
+        cuts += [at_point(cutter, 0, "hard_negative", point) for point in look_alikes]
+
+    points_px, _ = find_candidates(image, um_per_px, args.per_mm2)
+    points_px = points_px[away_from(points_px, mitoses, args.exclude_um / um_per_px)]
+    points_px = points_px[away_from(points_px, look_alikes, args.same_um / um_per_px)]
+    points_px = rng.permutation(points_px)  # drawn before the search: stage 3 keeps stage 1's random negatives
+    if network is not None and field.split == "train":
+        with turn:  # one scan at a time: every core works on it, and one batch lies in memory
+            scores = score_points(network, cutter, points_px, args.batch_size)
+        searched = scores > args.search_above
+        cuts += negatives(cutter, points_px[searched], "searched", scores[searched])
+        wanted += round(args.random_per_searched * searched.sum())
+        points_px = points_px[~searched]
+    cuts += negatives(cutter, points_px[:wanted], "random")
+    rows = [write_cut(cut, number, field, partial) for number, cut in enumerate(cuts)]
+    content = {
+        "um_per_px": um_per_px,
+        "annotations": annotations[list(ANNOTATIONS)].to_dict("records"),
+        "patches": rows,
+    }
+    write_json(record, content)
+
+
+def at_point(cutter: PatchCutter, label: int, origin: str, point: np.ndarray) -> Cut:
+    return Cut(label, origin, point, cutter.place(point, point), np.nan, cutter.cut(point[None])[0])
+
+
+def shifted(cutter: PatchCutter, mitosis: np.ndarray, shape: tuple, args, rng: np.random.Generator) -> Cut:
+    """A copy of a mitosis, moved and mostly turned."""
+    move = rng.uniform(-1, 1, size=2) * args.shift_share * args.patch_size / cutter.scale
+    angle = rng.choice([-1, 1]) * rng.uniform(60, 180) if rng.random() < args.turn_probability else 0.0
+    centre = np.clip(mitosis + move, 0, np.array([shape[1], shape[0]]) - 1)
+    patch = cutter.cut_turned(centre, angle)
+    return Cut(1, "shifted", centre, cutter.place(mitosis, centre, angle), np.nan, patch)
+
+
+def negatives(cutter: PatchCutter, points_px: np.ndarray, origin: str, scores: np.ndarray | None = None) -> list[Cut]:
+    scores = np.full(len(points_px), np.nan) if scores is None else scores
+    patches = cutter.cut(points_px)
+    return [Cut(0, origin, *cut) for cut in zip(points_px, [NO_POINT] * len(patches), scores, patches, strict=True)]
+
+
+def away_from(points_px: np.ndarray, others_px: np.ndarray, radius_px: float) -> np.ndarray:
+    """Which points lie farther than the radius from every other point: bool (N,)."""
+    if not len(others_px) or not len(points_px):
+        return np.ones(len(points_px), dtype=bool)
+    return cKDTree(others_px).query(points_px)[0] > radius_px
+
+
+def write_cut(cut: Cut, number: int, field, partial: Path) -> dict:
+    """Write one patch; its row of patches.csv."""
+    name = f"{field.split}/{LABELS[cut.label]}/{quote(field.image, safe='')}_{number:05d}_{cut.origin}.png"
+    write_patch(partial / name, cut.patch)
+    (x, y), (point_x, point_y) = np.round(cut.centre, 2), np.round(cut.point, 2)
+    values = (
+        name,
+        field.image,
+        field.case,
+        field.split,
+        cut.label,
+        cut.origin,
+        x,
+        y,
+        point_x,
+        point_y,
+        cut.score,
+    )
+    row = dict(zip(PATCHES, values, strict=True))
+    return {key: None if value != value else value for key, value in row.items()}  # JSON knows no NaN
+
+
+def finish(out: Path, partial: Path, fields: pd.DataFrame, root: Path, skipped: dict, args) -> None:
+    """Write the tables and put the folder in its place; an older one stays as `<out>.previous`."""
+    records = [
+        json.loads((partial / "fields" / f"{quote(image, safe='')}.json").read_text()) for image in fields["image"]
+    ]
+    patches = pd.DataFrame([row for record in records for row in record["patches"]], columns=list(PATCHES))
+    annotations = [row for record in records for row in record["annotations"]]
+    write_csv(partial / "patches.csv", patches)
+    write_csv(
+        partial / "fields.csv",
+        fields[list(FIELDS)].assign(um_per_px=[record["um_per_px"] for record in records]),
+    )
+    write_csv(partial / "annotations.csv", pd.DataFrame(annotations, columns=list(ANNOTATIONS)))
+    counts = patches.groupby(["split", "label", "origin"]).size()
+    record_run(
+        partial,
+        args,
+        data_root=str(root.resolve()),
+        fields=len(fields),
+        patches={" ".join(map(str, key)): int(count) for key, count in counts.items()},
+        skipped=skipped,
+    )
+    shutil.rmtree(partial / "fields")
+    (partial / "settings.txt").unlink()
+    previous = out.with_name(out.name + ".previous")
+    if out.exists():
+        if previous.exists():
+            shutil.rmtree(previous)
+        out.rename(previous)
+    partial.rename(out)
+    print(counts.rename("patches").to_string())
+    print(f"{len(patches)} patches of {len(fields)} fields in {out}; {len(skipped)} fields skipped")
+
+
+if __name__ == "__main__":
+    run_script(main, build_parser().parse_args())
