@@ -421,7 +421,7 @@ def _table_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dic
                 raise InputError(f"{where}: expected {len(reader.fieldnames)} cells, as in the header")
             yield where, row
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: {error}") from error
+        raise InputError(f"{path}, line {reader.reader.line_num}: {error}") from error
 
 
 READERS: dict[str, Callable[[Path], _Content]] = {

@@ -36,7 +36,7 @@ LABEL_NOISE = 0.05  # share, 0-1, of mitoses and of imposters whose label is wro
 WORKERS = 2  # threads that draw fields; changes the time only
 
 MITOSIS, HARD_NEGATIVE = 1, 2  # category_id of MIDOG; 0 stands for an ordinary nucleus and for no annotation
-NAMES = {0: "none", MITOSIS: "mitosis", HARD_NEGATIVE: "hard negative"}
+NAMES = {0: "neither", MITOSIS: "mitosis", HARD_NEGATIVE: "hard negative"}
 BOX_PX = 50  # MIDOG's boxes are 50 x 50 whatever the scanner
 NUCLEUS_UM = 11.0  # half the window a nucleus is drawn in
 MARGIN_UM = NUCLEUS_UM + 6  # tissue drawn beyond the field and cut away, so that the edge cuts through nuclei
@@ -67,7 +67,7 @@ SCANNERS = (
 )
 SHARES = {  # how often a figure is of each kind
     MITOSIS: {"prometaphase": 0.38, "metaphase": 0.42, "anaphase": 0.13, "telophase": 0.07},
-    HARD_NEGATIVE: {"pyknotic": 0.28, "apoptotic": 0.2, "crushed": 0.2, "unfocused": 0.2, "hyperchromatic": 0.12},
+    HARD_NEGATIVE: {"pyknotic": 0.32, "apoptotic": 0.22, "crushed": 0.16, "unfocused": 0.16, "hyperchromatic": 0.14},
 }
 # Condensed chromatin is a union of balls, scattered or in line. Kind: fewest and most balls, spread, radius (um).
 CLUMPS = {
@@ -232,14 +232,14 @@ def draw_figure(field: Field, x: float, y: float, label: int) -> None:
         taper = np.tile(1 - taper * np.linspace(-0.5, 0.5, 9) ** 2, len(sides))
         radii = rng.uniform(thin, thick) * rng.uniform(0.8, 1.2, len(points)) * taper
 
-    blur_um = rng.uniform(0.4, 1) if kind == "unfocused" else max(rng.normal(0.15, 0.25), 0)
-    rough = rng.uniform(0.1, 0.4) if mitosis else rng.uniform(0, 0.25)
-    radius_um = rng.uniform(5.5, 8.5) if mitosis else rng.uniform(3.5, 6.5)
-    if mitosis and rng.random() < 0.6:  # the clear zone round the chromosomes
+    blur_um = rng.uniform(0.5, 1.1) if kind == "unfocused" else max(rng.normal(0.1, 0.2), 0)
+    rough = rng.uniform(0.15, 0.45) if mitosis else rng.uniform(0, 0.12)
+    radius_um = rng.uniform(5, 7.5) if mitosis else rng.uniform(3.5, 6.5)
+    if mitosis and rng.random() < 0.8:  # the clear zone round the chromosomes
         draw_body(field, x, y, radius_um, rng.uniform(0.05, 0.2), rng.uniform(0.15, 0.4))
     elif mitosis:
         draw_body(field, x, y, radius_um, 0.25, rng.uniform(0.4, 0.9))
-    elif rng.random() < 0.5:  # a dying cell is pink, and shrinks away from its neighbours
+    elif rng.random() < 0.6:  # a dying cell is pink, and shrinks away from its neighbours
         if kind in ("pyknotic", "apoptotic"):
             draw_body(field, x, y, radius_um + rng.uniform(0.8, 2.5), 0.02, 0.06)
         draw_body(field, x, y, radius_um, rng.uniform(0.05, 0.5), rng.uniform(0.3, 1.4))
@@ -303,7 +303,7 @@ def draw_case(case: int, path: Path, args: argparse.Namespace) -> list[tuple[int
     truth = np.zeros(len(points), int)
     truth[order[: args.mitoses]] = MITOSIS
     truth[rng.permutation(order[args.mitoses : free.sum()])[: args.imposters]] = HARD_NEGATIVE
-    wrong = free & (rng.random(len(points)) < np.where(truth > 0, args.label_noise, args.label_noise / 20))
+    wrong = free & (rng.random(len(points)) < np.where(truth > 0, args.label_noise, args.label_noise / 40))
     not_mitosis = rng.choice([0, HARD_NEGATIVE], len(points))
     recorded = np.where(wrong, np.where(truth == MITOSIS, not_mitosis, MITOSIS), truth)
 

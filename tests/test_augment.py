@@ -1,0 +1,68 @@
+"""Random views stay pictures of the same patch."""
+
+import torch
+
+from dasc.augment import affine, dihedral, jitter_focus, jitter_light, jitter_stain, to_float, training_view
+
+
+def patches(number: int = 6, side: int = 32) -> torch.Tensor:
+    return torch.randint(40, 220, (number, 3, side, side), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+def test_views_have_the_same_shape_and_range_and_differ():
+    source = patches()
+    views = training_view(source, generator(), 0.2, 0.2, 0.8)
+    assert views.shape == source.shape and views.dtype == torch.float32
+    assert views.min() >= 0 and views.max() <= 1
+    assert not torch.allclose(views, to_float(source), atol=0.05)
+
+
+def test_same_generator_same_views():
+    first, second = (training_view(patches(), generator(), 0.2, 0.2, 0.8) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_strength_zero_changes_nothing():
+    source = to_float(patches())
+    assert torch.allclose(affine(source, torch.Generator().manual_seed(0), 0, 0, 0).sum(), source.sum(), rtol=1e-4)
+    assert torch.allclose(jitter_stain(source, generator(), 0, 0), source, atol=1e-5)
+    assert torch.allclose(jitter_light(source, generator(), 0, 0), source, atol=1e-6)
+    assert torch.allclose(jitter_focus(source, generator(), 0, 0), source, atol=1e-6)
+
+
+def test_every_patch_gets_its_own_view():
+    same = patches(1).expand(8, -1, -1, -1)
+    for view in (
+        affine(to_float(same), generator(), 180, 0.1, 0.1),
+        jitter_stain(to_float(same), generator(), 0.3, 0.1),
+        jitter_light(to_float(same), generator(), 0.3, 0.3),
+        jitter_focus(to_float(same), generator(), 0.8, 0.4),
+    ):
+        assert len({tuple(patch.flatten()[:50].tolist()) for patch in view}) == 8
+
+
+def test_dihedral_views_are_eight_and_distinct():
+    source = to_float(patches(1))
+    views = [dihedral(source, view) for view in range(8)]
+    assert len({tuple(view.flatten().tolist()) for view in views}) == 8
+    for view in views:
+        assert torch.allclose(view.sum(), source.sum())
+
+
+def test_mirrored_and_turned_keep_the_centre_dark():
+    source = torch.full((16, 3, 33, 33), 220, dtype=torch.uint8)
+    source[:, :, 14:19, 14:19] = 20
+    views = affine(to_float(source), generator(), 180, 0.1, 0.0)
+    assert (views[:, :, 16, 16] < 0.2).all() and (views[:, :, 2, 2] > 0.7).all()
+
+
+def test_more_stain_is_darker():
+    """Stain strengths multiply optical density: doubled twice over, every pixel gets darker."""
+    source = to_float(patches(64))
+    views = jitter_stain(source, generator(), 0.5, 0.0)
+    density, changed = (-(image.clamp(min=1 / 255)).log().mean(dim=(1, 2, 3)) for image in (source, views))
+    assert (changed / density).std() > 0.05 and 0.4 < (changed / density).min() < (changed / density).max() < 1.6

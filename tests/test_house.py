@@ -1,0 +1,104 @@
+"""The house keeps its rules: flags equal constants, imports point one way, the README names what exists."""
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [
+    path
+    for pattern in ("*.py", "pre/*.py", "NS/*.py", "DMU/*.py")
+    for path in sorted(ROOT.glob(pattern))
+    if "build_parser" in path.read_text(encoding="utf-8")
+]
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(ROOT))
+    spec.loader.exec_module(module)
+    return module
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_stage_script_is_found():
+    names = {path.relative_to(ROOT).as_posix() for path in SCRIPTS}
+    assert {"pre/make_sample.py", "pre/cut_patch_2.py", "NS/sigle.py", "predict.py"} <= names
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_flags_are_the_constants(path):
+    script = load(path)
+    for flag, value in vars(script.build_parser().parse_args([])).items():
+        assert value == getattr(script, flag.upper()), flag
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_constants_that_flags_leave_out_are_used(path):
+    """A constant for editing at the top has a flag of its name."""
+    script = load(path)
+    text = path.read_text(encoding="utf-8")
+    block = text[text.index("# Edit here") : text.index("def build_parser")]
+    constants = re.findall(r"^([A-Z][A-Z0-9_]*) = ", block, flags=re.MULTILINE)
+    flags = vars(script.build_parser().parse_args([]))
+    assert constants and [name for name in constants if name.lower() not in flags] == []
+
+
+def test_no_script_imports_a_script():
+    scripts = {"predict", "clus_hard", "clus_scl", "pre", "NS", "DMU"}
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("pre/*.py"), *ROOT.glob("NS/*.py"), *ROOT.glob("dasc/*.py")]:
+        assert not {name.split(".")[0] for name in imports(path)} & scripts, path
+
+
+def test_the_library_has_no_circle():
+    modules = {path.stem: path for path in ROOT.glob("dasc/*.py")}
+    needs = {
+        name: {found.split(".")[1] for found in imports(path) if found.startswith("dasc.")} & modules.keys()
+        for name, path in modules.items()
+    }
+    while needs:
+        ground = {name for name, below in needs.items() if not below & needs.keys()}
+        assert ground, f"a circle among {sorted(needs)}"
+        needs = {name: below for name, below in needs.items() if name not in ground}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_help_works_from_anywhere(path, tmp_path):
+    done = subprocess.run([sys.executable, str(path), "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--out" in done.stdout
+
+
+def test_readme_names_only_what_exists():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"python ([\w/]+\.py)", readme))
+    missing = {name for name in named if not (ROOT / name).is_file()}
+    later = {name for name in missing if re.search(rf"{re.escape(name)}.*not yet", readme)}
+    assert named and missing == later
+
+
+@pytest.mark.parametrize(("text", "value"), [([], False), (["--fp_mdoel"], True), (["--fp_mdoel", "False"], False)])
+def test_fp_mdoel_reads_its_text(text, value):
+    assert load(ROOT / "pre/cut_patch_2.py").build_parser().parse_args(text).fp_mdoel is value
+
+
+def test_fp_mdoel_refuses_anything_else(capsys):
+    with pytest.raises(SystemExit):
+        load(ROOT / "pre/cut_patch_2.py").build_parser().parse_args(["--fp_mdoel", "yes"])
+    assert "expected True or False" in capsys.readouterr().err

@@ -1,0 +1,95 @@
+"""The search network and its checkpoint: shapes, weights from disk, and files that must be refused."""
+
+import os
+import pickle
+
+import pytest
+import timm
+import torch
+
+from dasc.network import CLASSES, SearchNetwork, load_backbone_weights, load_network
+from dasc.run import InputError, save_checkpoint
+
+CONFIG = {"backbone": "resnet10t", "stride": 16, "patch_size": 64, "um_per_px": 0.25, "threshold": 0.4}
+
+
+@pytest.mark.parametrize(("backbone", "channels"), [("resnet18", 256), ("resnet10t", 256), ("mobilenetv3_small_100", 48)])
+def test_shapes(backbone, channels):
+    network = SearchNetwork(backbone)
+    patches = torch.rand(2, 3, 80, 80)
+    features = network.features(patches)
+    assert features.shape == (2, channels, 5, 5)
+    assert network.cam(features).shape == (2, 2, 5, 5)
+    assert torch.allclose(network(patches), network.cam(network.features(patches)).amax(dim=(2, 3)), atol=1e-4)
+
+
+def test_errors_name_the_backbone():
+    with pytest.raises(InputError, match="unknown backbone 'resnet1888'"):
+        SearchNetwork("resnet1888")
+    with pytest.raises(InputError, match="none at 7"):
+        SearchNetwork("resnet18", stride=7)
+
+
+def test_hub_that_does_not_answer(monkeypatch):
+    def no_answer(*_, pretrained=False, **__):
+        raise OSError("no route to host")
+
+    strides = timm.create_model("resnet10t", features_only=True)
+    answers = iter([strides])
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: no_answer() if k.get("pretrained") else next(answers))
+    with pytest.raises(InputError, match="--init_weights FILE"):
+        SearchNetwork("resnet10t", pretrained=True)
+
+
+def test_weights_from_disk(tmp_path):
+    torch.manual_seed(1)
+    source = timm.create_model("resnet10t")
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    network = SearchNetwork("resnet10t")
+    load_backbone_weights(network, tmp_path / "weights.pt")
+    loaded = network.backbone.state_dict()
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in loaded.items())
+    with pytest.raises(InputError, match="does not fit the backbone"):
+        load_backbone_weights(SearchNetwork("mobilenetv3_small_100"), tmp_path / "weights.pt")
+
+
+def checkpoint(**changes):
+    config = {**CONFIG, "classes": list(CLASSES), "manifest_sha256": ""} | changes
+    return {"model": SearchNetwork("resnet10t").state_dict(), "config": config}
+
+
+def test_checkpoint_round_trip(tmp_path):
+    content = checkpoint()
+    save_checkpoint(tmp_path / "model.pt", content)
+    network, config = load_network(tmp_path / "model.pt", torch.device("cpu"))
+    assert config == content["config"] and not network.training
+    assert all(torch.equal(tensor, content["model"][name]) for name, tensor in network.state_dict().items())
+
+
+class Harm:
+    def __reduce__(self):
+        return os.system, ("touch harm-done",)
+
+
+@pytest.mark.parametrize("fault", ["missing", "truncated", "pickle", "text", "incomplete", "classes", "other"])
+def test_bad_checkpoint_is_refused(tmp_path, monkeypatch, fault):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model.pt"
+    if fault == "truncated":
+        save_checkpoint(path, checkpoint())
+        path.write_bytes(path.read_bytes()[:5000])
+    elif fault == "pickle":
+        path.write_bytes(pickle.dumps(Harm()))
+    elif fault == "text":
+        path.write_text("not a checkpoint")
+    elif fault == "incomplete":
+        content = checkpoint()
+        del content["config"]["um_per_px"]
+        save_checkpoint(path, content)
+    elif fault == "classes":
+        save_checkpoint(path, checkpoint(classes=["mitosis", "negative"]))
+    elif fault == "other":
+        save_checkpoint(path, checkpoint(backbone="mobilenetv3_small_100"))
+    with pytest.raises(InputError, match=r"model\.pt"):
+        load_network(path, torch.device("cpu"))
+    assert not (tmp_path / "harm-done").exists()

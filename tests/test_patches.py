@@ -1,0 +1,89 @@
+"""Patches show what lies at their centre, at the resolution asked for, whatever the field's."""
+
+import cv2
+import numpy as np
+import pytest
+
+from dasc.patches import PatchCutter, load_patches, resample, write_patch
+from dasc.run import InputError
+
+
+def field_with_dot(x: int, y: int, shape=(200, 300), radius: int = 3) -> np.ndarray:
+    image = np.full((*shape, 3), 230, np.uint8)
+    cv2.circle(image, (x, y), radius, (60, 40, 120), -1)
+    return image
+
+
+def dark_centre(patch: np.ndarray) -> np.ndarray:
+    """Centre of mass (x, y) of what is dark in a patch (3, S, S)."""
+    dark = 230 - patch.mean(axis=0)
+    dark[dark < 20] = 0
+    rows, columns = np.indices(dark.shape)
+    return np.array([(columns * dark).sum(), (rows * dark).sum()]) / dark.sum()
+
+
+@pytest.mark.parametrize("um_per_px", [0.12, 0.2274, 0.25, 0.5])
+def test_point_lies_where_place_says(um_per_px):
+    image = field_with_dot(150, 90, radius=max(3, round(1.5 / um_per_px)))
+    cutter = PatchCutter(image, um_per_px, 0.25, 80)
+    centre = np.array([146.0, 95.0])
+    patch = cutter.cut(centre[None])[0]
+    assert patch.shape == (3, 80, 80) and patch.dtype == np.uint8
+    assert np.abs(dark_centre(patch) - cutter.place(np.array([150.0, 90.0]), centre)).max() < 0.6
+
+
+@pytest.mark.parametrize("angle", [0.0, 60.0, -135.0, 180.0])
+def test_turned_patch_keeps_its_point(angle):
+    image = field_with_dot(150, 90, radius=5)
+    cutter = PatchCutter(image, 0.2274, 0.25, 80)
+    centre = np.array([140.0, 100.0])
+    patch = cutter.cut_turned(centre, angle)
+    assert np.abs(dark_centre(patch) - cutter.place(np.array([150.0, 90.0]), centre, angle)).max() < 0.8
+
+
+def test_patch_at_the_corner_is_mirrored_not_black():
+    rng = np.random.default_rng(0)
+    image = rng.integers(100, 255, (120, 120, 3), dtype=np.uint8)
+    for point in ([0.0, 0.0], [119.0, 119.0]):
+        patch = PatchCutter(image, 0.25, 0.25, 80).cut(np.array([point]))[0]
+        assert patch.min() >= 100
+
+
+def test_field_smaller_than_a_patch():
+    patches = PatchCutter(np.full((5, 7, 3), 90, np.uint8), 0.25, 0.25, 80).cut(np.array([[3.0, 2.0]]))
+    assert patches.shape == (1, 3, 80, 80) and (patches == 90).all()
+
+
+def test_no_point_no_patch():
+    cutter = PatchCutter(field_with_dot(10, 10), 0.25, 0.25, 80)
+    assert cutter.cut(np.empty((0, 2))).shape == (0, 3, 80, 80)
+
+
+def test_resample_keeps_the_width_of_tissue():
+    image = np.zeros((1000, 600, 3), np.uint8)
+    assert resample(image, 0.5, 0.25).shape == (2000, 1200, 3)
+    assert resample(image, 0.25, 0.25) is image
+
+
+def test_written_patches_come_back(tmp_path):
+    rng = np.random.default_rng(1)
+    patches = rng.integers(0, 255, (5, 3, 16, 16), dtype=np.uint8)
+    paths = [tmp_path / f"Größe {number}.png" for number in range(5)]
+    for path, patch in zip(paths, patches, strict=True):
+        write_patch(path, patch)
+    assert (load_patches(paths, 2).numpy() == patches).all()
+
+
+@pytest.mark.parametrize("fault", ["gone", "broken", "size"])
+def test_bad_patch_is_named(tmp_path, fault):
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path in paths:
+        write_patch(path, np.zeros((3, 16, 16), np.uint8))
+    if fault == "gone":
+        paths[1].unlink()
+    elif fault == "broken":
+        paths[1].write_bytes(b"\x89PNG\r\n\x1a\nnothing more")
+    else:
+        write_patch(paths[1], np.zeros((3, 20, 20), np.uint8))
+    with pytest.raises(InputError, match=r"1\.png"):
+        load_patches(paths, 2)
