@@ -79,7 +79,7 @@ def read_patches(path: Path) -> pd.DataFrame:
     for column, known in (("label", LABELS), ("split", SPLITS)):
         strange = table[column][~table[column].isin(list(known))]
         if len(strange):
-            raise InputError(f"{path}: {column} {strange.iloc[0]!r}, expected one of {', '.join(map(str, known))}")
+            raise InputError(f"{path}: {column} {strange.iloc[0]}, expected one of {', '.join(map(str, known))}")
     return table
 
 

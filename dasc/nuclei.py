@@ -1,11 +1,14 @@
 """Candidates: the nucleus centres of a field, those most like a mitosis first.
 
 A candidate is a local maximum of the smoothed optical density of red, where hematoxylin absorbs and eosin hardly does.
-Darkness alone ranks badly on a laboratory that stains every nucleus dark, so four measures are taken at each candidate,
-each against the field's own candidates (median 0, interquartile range 1: the stain and the scanner drop out), and summed:
-contrast to the surroundings, hue of the core, hue of the whole nucleus (negative: a core bluer than its nucleus is
-condensed chromatin), and the darkness of the lightest place nearby (negative for nuclei at a gap or a vessel).
-The weights are a logistic regression on mitoses against other nuclei, rounded; tests/benchmarks/candidates.py measures them.
+Darkness alone ranks badly where a laboratory stains every nucleus dark. So four measures are taken at each candidate,
+each against the field's own candidates (median 0, interquartile range 1), which cancels stain and scanner:
+- contrast of the nucleus to its surroundings: higher for a mitosis;
+- hue (red's share of the optical density) of the core: bluer for chromatin, less blue for eosin and pigment;
+- hue of the whole nucleus: lower, as condensed chromatin is bluer than the cytoplasm round it;
+- density of the lightest place nearby: higher, as a mitosis seldom lies at a gap, a vessel or the tissue's edge.
+Their weighted sum is the score. The weights are those of a logistic regression of mitoses against other nuclei of 10
+slides and 115 cases, rounded; tests/benchmarks/candidates.py measures what they keep.
 """
 
 import math
@@ -25,7 +28,8 @@ NEARBY_UM = 6.0  # half the side of the square searched for the lightest place
 APART_UM = 2.7  # two candidates are at least this far apart
 RISE = 0.03  # optical density by which a candidate exceeds the lightest place within APART_UM; below is noise
 PALE = 0.15  # optical density added under the hue's fraction, so that white has no hue
-BLACK = 12  # a pixel whose brightest channel is not above this is padding, not tissue
+BLACK = 12  # a pixel whose brightest channel is not above this is black
+PADDING_UM = 15.0  # black this wide is padding; less may be the heart of a mitosis on a dark scan
 WEIGHTS = (2.0, 3.8, -2.7, 0.5)  # contrast, hue of the core, hue of the nucleus, lightest place nearby
 SMALLEST_SPREAD = (0.02, 0.01, 0.01, 0.02)  # of each measure, for fields with hardly any nuclei
 FARTHEST = (-4.0, 8.0)  # a measure counts no further than this, in interquartile ranges from the median
@@ -36,9 +40,9 @@ def find_candidates(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the nuclei of a field, ranked by how likely a mitosis or a look-alike sits there.
 
-    image: (H, W, 3) uint8 RGB. per_mm2: the most candidates per square millimetre (AT_LEAST on a tiny field), None: all.
-    Returns points_px, (N, 2) float64 x, y in the field's own pixels, and score, (N,) float64, descending: relative to
-    the field's other nuclei, not a probability.
+    image: (H, W, 3) uint8 RGB. per_mm2: the most candidates per square millimetre (but AT_LEAST); None keeps all.
+    Returns points_px, (N, 2) float64 x, y in the field's own pixels, and score, (N,) float64, descending, relative to
+    the field's other nuclei and no probability.
     Raises InputError when um_per_px lies outside 0.1-1.0 or the image is not 8-bit RGB.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
@@ -49,8 +53,15 @@ def find_candidates(
     working_um = max(WORKING_UM_PER_PX, um_per_px)
     scale = um_per_px / working_um
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    red, total, black = _optical_density(cv2.resize(image, size, interpolation=cv2.INTER_AREA))
-    column, row, measures = _measure(red, total, black, working_um)
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    padding = _find_padding(small, working_um)
+    if padding.all():
+        return np.zeros((0, 2)), np.zeros(0)
+    red, total = _optical_density(small)
+    if padding.any():
+        # With the tissue's median there, the nuclei beside it are neither hidden nor favoured.
+        red[padding], total[padding] = np.median(red[~padding]), np.median(total[~padding])
+    column, row, measures = _measure(red, total, padding, working_um)
     if len(row) == 0:
         return np.zeros((0, 2)), np.zeros(0)
 
@@ -66,31 +77,39 @@ def find_candidates(
     return points_px, score[order]
 
 
-def _optical_density(small: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Optical density of red, and of the three channels together, (h, w) float32; black padding, (h, w) bool.
-
-    Padding gets the tissue's median, so that the nuclei beside it are neither hidden nor favoured.
-    """
+def _optical_density(small: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Optical density of red, and of the three channels together, (h, w) float32."""
     density_of = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)
     red = density_of[small[:, :, 0]]
     total = red + density_of[small[:, :, 1]]
     total += density_of[small[:, :, 2]]
-    padding = cv2.max(cv2.max(small[:, :, 0], small[:, :, 1]), small[:, :, 2]) <= BLACK
+    return red, total
+
+
+def _find_padding(small: np.ndarray, working_um: float) -> np.ndarray:
+    """Mask of the black that was put round the tissue, (h, w) bool."""
+    brightest = cv2.max(cv2.max(small[:, :, 0], small[:, :, 1]), small[:, :, 2])
+    black = (brightest <= BLACK).astype(np.uint8)
+    if not black.any():
+        return black > 0
+    side = 2 * round(PADDING_UM / 2 / working_um) + 1  # odd: OpenCV shifts the opening by an even square
+    square = np.ones((side, side), np.uint8)
+    # What lies outside the image counts as black, so that a narrow strip along the edge is padding too.
+    framed = cv2.copyMakeBorder(black, side, side, side, side, cv2.BORDER_CONSTANT, value=1)
+    wide = cv2.morphologyEx(framed, cv2.MORPH_OPEN, square)[side:-side, side:-side]
+    padding = cv2.dilate(wide, square) & black  # with the corners that the square did not reach
     # Lossy compression and resampling smear the border of the padding over its neighbours.
-    black = cv2.dilate(padding.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
-    if black.any() and not black.all():
-        red[black], total[black] = np.median(red[~black]), np.median(total[~black])
-    return red, total, black
+    return cv2.dilate(padding, np.ones((5, 5), np.uint8)) > 0
 
 
 def _measure(
-    red: np.ndarray, total: np.ndarray, black: np.ndarray, working_um: float
+    red: np.ndarray, total: np.ndarray, padding: np.ndarray, working_um: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Column and row of every candidate, (N,), and its four measures in the order of WEIGHTS, (N, 4) float64."""
     core = _smooth(red, CORE_UM / working_um)
     radius = math.ceil(APART_UM / working_um)
     disk = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
-    peak = (core >= cv2.dilate(core, disk)) & (core > cv2.erode(core, disk) + RISE) & ~black
+    peak = (core >= cv2.dilate(core, disk)) & (core > cv2.erode(core, disk) + RISE) & ~padding
     row, column = _first_of_each(peak)
     side = 2 * round(NEARBY_UM / working_um) + 1
     lightest = cv2.erode(core, np.ones((side, side), np.uint8))[row, column]

@@ -249,19 +249,8 @@ def write_cut(cut: Cut, number: int, field, partial: Path) -> dict:
     name = f"{field.split}/{LABELS[cut.label]}/{quote(field.image, safe='')}_{number:05d}_{cut.origin}.png"
     write_patch(partial / name, cut.patch)
     (x, y), (point_x, point_y) = np.round(cut.centre, 2), np.round(cut.point, 2)
-    values = (
-        name,
-        field.image,
-        field.case,
-        field.split,
-        cut.label,
-        cut.origin,
-        x,
-        y,
-        point_x,
-        point_y,
-        cut.score,
-    )
+    score = round(float(cut.score), 6)
+    values = (name, field.image, field.case, field.split, cut.label, cut.origin, x, y, point_x, point_y, score)
     row = dict(zip(PATCHES, values, strict=True))
     return {key: None if value != value else value for key, value in row.items()}  # JSON knows no NaN
 

@@ -13,7 +13,9 @@ from dasc.run import InputError, save_checkpoint
 CONFIG = {"backbone": "resnet10t", "stride": 16, "patch_size": 64, "um_per_px": 0.25, "threshold": 0.4}
 
 
-@pytest.mark.parametrize(("backbone", "channels"), [("resnet18", 256), ("resnet10t", 256), ("mobilenetv3_small_100", 48)])
+@pytest.mark.parametrize(
+    ("backbone", "channels"), [("resnet18", 256), ("resnet10t", 256), ("mobilenetv3_small_100", 48)]
+)
 def test_shapes(backbone, channels):
     network = SearchNetwork(backbone)
     patches = torch.rand(2, 3, 80, 80)

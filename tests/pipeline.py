@@ -1,0 +1,64 @@
+"""What the tests of the scripts share: calling one as a user does, in this process, and a small finished run."""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+LIGHT = [
+    "--backbone",
+    "mobilenetv3_small_100",
+    "--pretrained",
+    "False",
+    "--lr",
+    "1e-3",
+    "--device",
+    "cpu",
+    "--batch_size",
+    "32",
+]
+
+
+class Done(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def call(script: str, *flags: object) -> Done:
+    """Run a script of the project with these flags: exit status, standard output and standard error."""
+    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    out, err = io.StringIO(), io.StringIO()
+    argv, sys.argv = sys.argv, [script, *map(str, flags)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            args: argparse.Namespace = module.build_parser().parse_args(sys.argv[1:])
+            try:
+                module.run_script(module.main, args)
+            except SystemExit as leave:
+                status = leave.code or 0
+    finally:
+        sys.argv = argv
+    return Done(status, out.getvalue(), err.getvalue())
+
+
+def succeed(script: str, *flags: object) -> Done:
+    """As `call`, for a run that must end well."""
+    done = call(script, *flags)
+    assert done.status == 0, f"{script} {flags}\n{done.out}\n{done.err}"
+    return done
+
+
+def fails(script: str, *flags: object, says: str) -> Done:
+    """As `call`, for a run that must end with one line of error that holds `says`."""
+    done = call(script, *flags)
+    last = done.err.strip().splitlines()[-1]
+    assert done.status != 0, done.out
+    assert last.startswith("error: ") and says in last, done.err
+    return done

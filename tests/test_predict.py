@@ -1,0 +1,115 @@
+"""Stage 9: what is written for images and datasets, and what happens to bad input."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+from PIL import Image
+from pipeline import call, fails, succeed
+
+from dasc.network import read_checkpoint
+from dasc.run import save_checkpoint
+
+
+def model(small_run):
+    return ["--model_path", small_run / "NS/model.pt", "--device", "cpu", "--threshold", 0.3]
+
+
+@pytest.fixture(scope="module")
+def judged(small_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("judged")
+    done = succeed(
+        "predict.py", *model(small_run), "--dataset", "sample", "--data_root", small_run / "sample", "--out", out
+    )
+    return out, done
+
+
+def test_dataset_is_judged(small_run, judged):
+    out, done = judged
+    metrics = json.loads((out / "metrics.json").read_text())
+    names = {"tp", "fp", "fn", "precision", "recall", "f1", "f1_low", "f1_high", "mitoses", "threshold"}
+    assert names <= set(metrics) and metrics["match"] == "um" and metrics["fields"] == 2
+    detections = pd.read_csv(out / "detections.csv", dtype={"image": str})
+    assert metrics["tp"] + metrics["fp"] == detections["mitosis"].sum()
+    fields = pd.read_csv(out / "metrics_per_field.csv")
+    assert (fields[["tp", "fp", "fn"]].sum() == [metrics["tp"], metrics["fp"], metrics["fn"]]).all()
+    assert f"F1 {metrics['f1']:.3f}" in done.out
+
+
+def test_every_output_tells_the_same(judged):
+    out, _ = judged
+    detections = pd.read_csv(out / "detections.csv", dtype={"image": str})
+    counts = pd.read_csv(out / "counts.csv", dtype={"image": str})
+    for row in counts.itertuples():
+        mine = detections[detections["image"] == row.image]
+        assert row.mitoses == mine["mitosis"].sum() and row.um_per_px_source == "file"
+        assert row.mitoses_per_mm2 == pytest.approx(row.mitoses / row.area_mm2, rel=1e-3)
+        assert np.allclose(mine["x_um"], mine["x_px"] * row.um_per_px, atol=0.01)
+        folder = out / row.image
+        features = json.loads((folder / "detections.geojson").read_text())["features"]
+        points = json.loads((folder / "mitotic-figures.json").read_text())["points"]
+        assert len(features) == len(points) == len(mine)
+        with Image.open(folder / "overlay.png") as overlay:
+            assert overlay.size == (row.width_px, row.height_px)
+    assert json.loads((out / "run.json").read_text())["model_sha256"]
+
+
+def test_same_run_same_bytes(small_run, judged, tmp_path):
+    flags = ["--dataset", "sample", "--data_root", small_run / "sample", "--out", tmp_path, "--overlays", "False"]
+    succeed("predict.py", *model(small_run), *flags, "--batch_size", 7)
+    first = pd.read_csv(judged[0] / "detections.csv")
+    pd.testing.assert_frame_equal(first, pd.read_csv(tmp_path / "detections.csv"), atol=1e-4)
+
+
+def test_folder_with_a_broken_image(small_run, tmp_path):
+    folder = tmp_path / "images with blank"
+    folder.mkdir()
+    shutil.copy(small_run / "sample/images/009.tiff", folder / "=cmd ü.tiff")
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n....")
+    Image.new("RGB", (300, 200), (240, 240, 240)).save(folder / "blank.jpg")
+    done = call("predict.py", *model(small_run), "--images", folder, "--um_per_px", 0.25, "--out", tmp_path / "out")
+    assert done.status == 1 and "broken.png" in done.err and "1 fields skipped" in done.out
+    counts = pd.read_csv(tmp_path / "out/counts.csv")
+    assert list(counts["um_per_px_source"]) == ["flag", "flag"]
+    assert counts.set_index("image").loc["blank.jpg", "mitoses"] == 0
+    assert json.loads((tmp_path / "out/blank.jpg/detections.geojson").read_text())["features"] == []
+
+
+def test_no_detection_at_all_is_valid(small_run, tmp_path):
+    tifffile.imwrite(tmp_path / "white.tiff", np.full((200, 200, 3), 250, np.uint8))
+    flags = ["--images", tmp_path / "white.tiff", "--um_per_px", 0.25, "--out", tmp_path / "out"]
+    succeed("predict.py", *model(small_run), *flags)
+    assert pd.read_csv(tmp_path / "out/detections.csv").empty
+
+
+def test_missing_resolution_asks_for_the_flag(small_run, tmp_path):
+    Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
+    fails("predict.py", *model(small_run), "--images", tmp_path / "a.png", "--out", tmp_path / "o", says="--um_per_px")
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--images", "nowhere.tif"], "nowhere.tif"),
+        (["--images", "."], "no image"),
+        (["--model_path", "nowhere.pt"], "NS/sigle.py"),
+        (["--dataset", "midog", "--data_root", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(small_run, tmp_path, monkeypatch, flags, says):
+    monkeypatch.chdir(tmp_path)
+    image = ["--images", small_run / "sample/images/009.tiff"]
+    fails("predict.py", *model(small_run), *image, "--out", tmp_path / "out", *flags, says=says)
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_of_other_classes_is_refused(small_run, tmp_path):
+    content = read_checkpoint(small_run / "NS/model.pt")
+    content["config"]["classes"] = ["mitosis", "negative"]
+    save_checkpoint(tmp_path / "model.pt", content)
+    flags = ["--images", small_run / "sample/images", "--model_path", tmp_path / "model.pt", "--out", tmp_path / "out"]
+    fails("predict.py", *flags, says="classes")

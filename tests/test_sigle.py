@@ -1,0 +1,110 @@
+"""Stage 2: it learns, resumes to the same result, and says what is wrong with its input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from pipeline import LIGHT, ROOT, call, fails, succeed
+
+from dasc.network import read_checkpoint
+
+
+def flags(small_run, out):
+    return [*LIGHT, "--manifest", small_run / "patches/patches.csv", "--out", out]
+
+
+def test_outputs(small_run):
+    out = small_run / "NS"
+    log = pd.read_csv(out / "log.csv")
+    assert list(log["epoch"]) == [0, 1] and log["loss"].iloc[1] < log["loss"].iloc[0]
+    config = read_checkpoint(out / "model.pt")["config"]
+    assert config["patch_size"] == 64 and config["um_per_px"] == 0.25 and 0 < config["threshold"] < 1
+    curve = pd.read_csv(out / "val_curve.csv")
+    assert {"threshold", "precision", "recall", "f1"} <= set(curve)
+    assert (out / "curves.png").stat().st_size > 1000
+    assert json.loads((out / "run.json").read_text())["arguments"]["backbone"] == "mobilenetv3_small_100"
+
+
+def test_killed_and_resumed_is_the_same(small_run, tmp_path):
+    """Stopped while epoch 1 was running and resumed: the weights bit for bit, the log byte for byte."""
+    command = [sys.executable, ROOT / "NS/sigle.py", *flags(small_run, tmp_path / "out"), "--epochs", "2"]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "out/last.pt").is_file():
+        pass
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out/model.pt").exists()
+    succeed("NS/sigle.py", *flags(small_run, tmp_path / "out"), "--epochs", 2, "--resume")
+    assert (tmp_path / "out/log.csv").read_bytes() == (small_run / "NS/log.csv").read_bytes()
+    resumed, whole = (read_checkpoint(folder / "model.pt") for folder in (tmp_path / "out", small_run / "NS"))
+    assert resumed["config"] == whole["config"]
+    assert all(torch.equal(tensor, whole["model"][name]) for name, tensor in resumed["model"].items())
+
+
+def test_resume_refuses_another_run(small_run, tmp_path):
+    shutil.copytree(small_run / "NS", tmp_path / "NS")
+    again = [*flags(small_run, tmp_path / "NS"), "--resume"]
+    fails("NS/sigle.py", *again, "--epochs", 2, "--lr", 0.5, says="--lr")
+    fails("NS/sigle.py", *flags(small_run, tmp_path / "empty"), "--resume", says="last.pt")
+
+
+def changed_manifest(small_run, tmp_path, change):
+    """A copy of the patches with a changed manifest."""
+    shutil.copytree(small_run / "patches", tmp_path / "patches")
+    path = tmp_path / "patches/patches.csv"
+    change(pd.read_csv(path)).to_csv(path, index=False)
+    return path
+
+
+CHANGES = {
+    "one label": (lambda table: table[table["label"] == 0], "has no mitosis patch"),
+    "no val": (lambda table: table[table["split"] != "val"], "split val"),
+    "column": (lambda table: table.drop(columns="origin"), "column origin is missing"),
+    "label": (lambda table: table.assign(label=2), "label 2"),
+    "split": (lambda table: table.assign(split="trian"), "trian"),
+    "twice": (lambda table: pd.concat([table, table[:1]]), "twice"),
+    "escape": (lambda table: table.assign(patch="../../" + table["patch"]), "leaves the folder"),
+    "gone": (lambda table: table.assign(patch="x" + table["patch"]), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_bad_manifest_is_one_line_and_writes_nothing(small_run, tmp_path, name):
+    change, says = CHANGES[name]
+    path = changed_manifest(small_run, tmp_path, change)
+    fails("NS/sigle.py", *LIGHT, "--manifest", path, "--out", tmp_path / "NS", says=says)
+    assert not (tmp_path / "NS").exists()
+
+
+def test_missing_manifest_names_its_command(tmp_path):
+    fails("NS/sigle.py", "--manifest", tmp_path / "patches.csv", says="pre/cut_patch_2.py")
+
+
+def test_unknown_backbone(small_run, tmp_path):
+    fails("NS/sigle.py", *flags(small_run, tmp_path / "NS"), "--backbone", "resnet81", says="unknown backbone")
+
+
+def test_loss_that_is_not_finite_stops_with_advice(small_run, tmp_path):
+    wild = ["--lr", 1e30, "--nan_steps", 2, "--epochs", 30]
+    fails("NS/sigle.py", *flags(small_run, tmp_path / "NS"), *wild, says="lower --lr")
+    assert not (tmp_path / "NS/model.pt").exists()
+
+
+def test_absent_device_is_an_error(small_run, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    done = call("NS/sigle.py", *flags(small_run, tmp_path / "NS"), "--device", "cuda")
+    assert done.status == 1 and "--device cuda: not available" in done.err
+
+
+def test_hub_unreachable_is_one_line(small_run, tmp_path):
+    command = [sys.executable, ROOT / "NS/sigle.py", "--manifest", small_run / "patches/patches.csv", "--out", tmp_path]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(list(map(str, command)), env=offline, capture_output=True, text=True)
+    assert done.returncode == 1 and "--init_weights" in done.stderr
+    assert "Traceback" not in done.stderr and len([line for line in done.stderr.splitlines() if line.strip()]) == 1
