@@ -5,7 +5,7 @@ Writes OUT/model.pt (best epoch on val), log.csv, curves.png, val_curve.csv, run
 """
 
 import argparse
-import json
+import copy
 import sys
 from pathlib import Path
 
@@ -21,9 +21,9 @@ from dasc.augment import training_view
 from dasc.detect import scan_field, score_patches
 from dasc.fields import read_field
 from dasc.figures import curves, precision_recall
-from dasc.manifest import LABELS, read_cut_fields, read_patches, sha256
+from dasc.manifest import LABELS, read_cut_fields, read_cut_run, read_patches, sha256
 from dasc.metrics import choose_threshold
-from dasc.network import CLASSES, SearchNetwork, load_backbone_weights, read_checkpoint
+from dasc.network import CLASSES, SearchNetwork, load_backbone_weights, read_checkpoint, update_average
 from dasc.patches import load_patches
 from dasc.run import InputError, pick_device, record_run, run_script, save_checkpoint, true_or_false, write_csv
 
@@ -38,13 +38,14 @@ INIT_WEIGHTS = ""  # start from this timm state dict on disk instead
 EPOCHS = 25  # passes over as many label-balanced patches as the training split holds
 BATCH_SIZE = 128  # patches per step
 LR = 1e-4  # learning rate of Adam at the start; it falls to 0 along a cosine
+AVERAGE = 0.98  # the kept weights are a running average over about 1 / (1 - AVERAGE) steps; 0: those of the last step
 STAIN = 0.2  # stain augmentation: relative change of each stain's amount; 0 turns it off
 LIGHT = 0.2  # relative change of brightness and contrast
 FOCUS = 0.8  # largest share of fine detail blurred away, and half of it sharpened
 NAN_STEPS = 10  # steps in a row without a finite loss before training stops
 MATCH_UM = 7.5  # a detection this near to a mitosis is right; also the distance within which detections merge
 PER_MM2 = 1800.0  # candidates per mm2 looked at in the val fields, as in predict.py
-VIEWS = 1  # right-angle views averaged for every likely candidate, as in predict.py
+VIEWS = 8  # right-angle views averaged for every likely candidate, as in predict.py
 DEVICE = "auto"  # auto, cpu, cuda or mps
 SEED = 0
 WORKERS = 2  # threads that read patches into memory
@@ -64,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="patches per step")
     parser.add_argument("--lr", type=float, default=LR, help="learning rate at the start")
+    parser.add_argument("--average", type=float, default=AVERAGE, help="decay of the running average of the weights")
     parser.add_argument("--stain", type=float, default=STAIN, help="strength of stain augmentation")
     parser.add_argument("--light", type=float, default=LIGHT, help="strength of brightness and contrast changes")
     parser.add_argument("--focus", type=float, default=FOCUS, help="strength of blurring and sharpening")
@@ -89,6 +91,7 @@ def main(args: argparse.Namespace) -> int:
                 raise InputError(
                     f"{manifest}: split {name} has no {word} patch ({len(part)} in all); see --val, --test"
                 )
+    cut = read_cut_run(manifest.parent)["arguments"]
     data_root, fields, annotations = read_cut_fields(manifest.parent, args.data_root)
     train_patches, val_patches = (
         load_patches([manifest.parent / patch for patch in part["patch"]], args.workers) for part in (train, val)
@@ -105,18 +108,21 @@ def main(args: argparse.Namespace) -> int:
         "backbone": args.backbone,
         "stride": args.stride,
         "patch_size": train_patches.shape[-1],
-        "um_per_px": patch_um_per_px(manifest.parent),
+        "um_per_px": cut["patch_um_per_px"],
+        "normalise_stain": cut["normalise_stain"],
         "classes": list(CLASSES),
         "threshold": 0.5,
         "manifest_sha256": sha256(manifest),
     }
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "workers", "resume")}
+    average = copy.deepcopy(network).eval()
     log, best = [], None
     if args.resume:
         checkpoint = read_checkpoint(out / "last.pt")
         check_same_run(out / "last.pt", checkpoint, settings, config)
         network.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        average.load_state_dict(checkpoint["average"])
         log, best = checkpoint["log"], checkpoint["best"]
 
     steps = -(-len(train) // args.batch_size)
@@ -140,23 +146,24 @@ def main(args: argparse.Namespace) -> int:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            done = epoch * steps + step  # the average forgets the first steps sooner than the later ones
+            update_average(average, network, min(args.average, (1 + done) / (10 + done)))
             total += loss.item() * len(batch)
             batches.set_postfix(loss=f"{loss.item():.3f}", val_f1=f"{log[-1]['val_f1']:.3f}" if log else "-")
 
-        network.eval()
-        scores = score_patches(network, val_patches, 2 * args.batch_size)
+        scores = score_patches(average, val_patches, 2 * args.batch_size)
         val_f1 = best_f1(val["label"].to_numpy(), scores.numpy())
         log.append({"epoch": epoch, "loss": total / len(train), "val_f1": val_f1})
         if best is None or val_f1 > max(row["val_f1"] for row in log[:-1]):
-            best = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-        state = {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "log": log, "best": best}
-        save_checkpoint(out / "last.pt", {**state, "config": config, "settings": settings})
+            best = {name: tensor.clone() for name, tensor in average.state_dict().items()}
+        state = {"model": network.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"log": log, "best": best, "config": config, "settings": settings}
+        save_checkpoint(out / "last.pt", state)
         write_csv(out / "log.csv", pd.DataFrame(log).round(6))
 
-    network.load_state_dict(best)
-    network.eval()
-    config["threshold"], curve = threshold_on_val(network, config, data_root, fields, annotations, args)
-    save_checkpoint(out / "model.pt", {"model": network.state_dict(), "config": config})
+    average.load_state_dict(best)
+    config["threshold"], curve = threshold_on_val(average, config, data_root, fields, annotations, args)
+    save_checkpoint(out / "model.pt", {"model": best, "config": config})
     write_csv(out / "val_curve.csv", curve.round(6))
     curves(out / "curves.png", pd.DataFrame(log), {"cross entropy": ["loss"], "F1 of the val patches": ["val_f1"]})
     precision_recall(out / "val_curve.png", curve, config["threshold"])
@@ -212,14 +219,6 @@ def threshold_on_val(network, config, data_root, fields, annotations, args) -> t
         found_px = detections[["x_px", "y_px"]].to_numpy()
         found.append((truth_px * field.um_per_px, found_px * field.um_per_px, detections["probability"].to_numpy()))
     return choose_threshold(found, args.match_um)
-
-
-def patch_um_per_px(folder: Path) -> float:
-    """The resolution the patches were cut at, from stage 1's run.json."""
-    try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))["arguments"]["patch_um_per_px"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder / 'run.json'}: does not say the patches' resolution; cut them again") from error
 
 
 def check_same_run(path: Path, checkpoint: dict, settings: dict, config: dict) -> None:

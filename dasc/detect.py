@@ -9,6 +9,10 @@ from dasc.augment import dihedral, to_float
 from dasc.network import SearchNetwork
 from dasc.nuclei import find_candidates
 from dasc.patches import PatchCutter
+from dasc.stain import normalise_stain
+
+SECOND_LOOK_PER_MM2 = 300  # candidates seen again in every view: several times the densest tumours' mitoses
+AT_LEAST = 16  # of them, however small the field is
 
 
 @torch.inference_mode()
@@ -67,23 +71,23 @@ def scan_field(
     """Detections of one field (H, W, 3) uint8, strongest first: x_px, y_px in its own pixels, probability.
 
     Args:
-        config: the checkpoint's: patch_size in px and um_per_px.
+        config: the checkpoint's: patch_size in px, um_per_px, normalise_stain.
         per_mm2: candidates looked at per mm2. merge_um: detections nearer than this become the strongest of them.
-        views: right-angle views averaged for every candidate whose first look gives at least `smallest`.
+        views: right-angle views averaged in a second look at the SECOND_LOOK_PER_MM2 best; 1 leaves it out.
         smallest: detections below this probability are left out.
     """
     points_px, _ = find_candidates(image, um_per_px, per_mm2)
-    cutter = PatchCutter(image, um_per_px, config["um_per_px"], config["patch_size"])
+    shown = normalise_stain(image) if config["normalise_stain"] else image
+    cutter = PatchCutter(shown, um_per_px, config["um_per_px"], config["patch_size"])
     probabilities = score_points(network, cutter, points_px, batch_size)
+    if views > 1:
+        area_mm2 = image.shape[0] * image.shape[1] * um_per_px**2 / 1e6
+        best = np.argsort(-probabilities, kind="stable")[: max(AT_LEAST, round(SECOND_LOOK_PER_MM2 * area_mm2))]
+        points_px = points_px[best]
+        probabilities = score_points(network, cutter, points_px, batch_size, views)
     worth = probabilities >= smallest
     points_px, probabilities = points_px[worth], probabilities[worth]
-    if views > 1:
-        probabilities = score_points(network, cutter, points_px, batch_size, views)
     kept = merge(points_px, probabilities, merge_um / um_per_px)
     return pd.DataFrame(
-        {
-            "x_px": points_px[kept, 0],
-            "y_px": points_px[kept, 1],
-            "probability": probabilities[kept].astype(float),
-        }
+        {"x_px": points_px[kept, 0], "y_px": points_px[kept, 1], "probability": probabilities[kept].astype(float)}
     )

@@ -104,12 +104,22 @@ def read_cut_fields(folder: Path, data_root: str = "") -> tuple[Path, pd.DataFra
     made_by = "python pre/cut_patch_2.py"
     fields = read_table(folder / "fields.csv", FIELDS, made_by)
     annotations = read_table(folder / "annotations.csv", ANNOTATIONS, made_by)
-    if not data_root:
-        try:
-            data_root = json.loads((folder / "run.json").read_text(encoding="utf-8"))["data_root"]
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{folder / 'run.json'}: does not say where the dataset lies; name --data_root") from error
-    return Path(data_root), fields, annotations
+    return Path(data_root or read_cut_run(folder)["data_root"]), fields, annotations
+
+
+def read_cut_run(folder: Path) -> dict:
+    """How stage 1 cut the patches of a folder: its run.json, with data_root and arguments.
+
+    Raises:
+        InputError: no run.json, or not one of stage 1.
+    """
+    path = folder / "run.json"
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        run["data_root"], run["arguments"]["patch_um_per_px"], run["arguments"]["normalise_stain"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: does not say how the patches were cut; run pre/cut_patch_2.py again") from error
+    return run
 
 
 def sha256(path: Path) -> str:

@@ -93,6 +93,16 @@ def load_backbone_weights(network: SearchNetwork, path: Path) -> None:
     network.backbone.load_state_dict({name: weights[name] for name in wanted})
 
 
+@torch.no_grad()
+def update_average(average: SearchNetwork, network: SearchNetwork, decay: float) -> None:
+    """Move the running average of the weights towards the network's: average <- decay average + (1 - decay) weights."""
+    for mean, now in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(now, 1 - decay)
+        else:
+            mean.copy_(now)  # the count of batches that BatchNorm has seen
+
+
 def build_network(config: dict[str, Any]) -> SearchNetwork:
     """The network that a checkpoint's config describes, with random weights."""
     return SearchNetwork(config["backbone"], config["stride"])
@@ -101,7 +111,7 @@ def build_network(config: dict[str, Any]) -> SearchNetwork:
 def load_network(path: Path, device: torch.device) -> tuple[SearchNetwork, dict[str, Any]]:
     """Load a checkpoint for prediction: the network in evaluation mode on `device`, and its config.
 
-    Config: backbone, stride, patch_size (px), um_per_px, threshold, classes, manifest_sha256.
+    Config: backbone, stride, patch_size (px), um_per_px, normalise_stain, threshold, classes, manifest_sha256.
 
     Raises:
         InputError: no such file, not a checkpoint (files that would run code are refused), or an incomplete one.
@@ -125,7 +135,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     checkpoint = _read_tensors(path)
     if not isinstance(checkpoint, dict) or not {"model", "config"} <= checkpoint.keys():
         raise InputError(f"{path}: not a checkpoint of this project (expected model and config in it)")
-    wanted = ("backbone", "stride", "patch_size", "um_per_px", "threshold", "classes")
+    wanted = ("backbone", "stride", "patch_size", "um_per_px", "normalise_stain", "threshold", "classes")
     absent = [key for key in wanted if key not in checkpoint["config"]]
     if absent:
         raise InputError(f"{path}: its config lacks {', '.join(absent)}; train it again")

@@ -31,6 +31,7 @@ from dasc.network import load_network
 from dasc.nuclei import find_candidates
 from dasc.patches import PatchCutter, write_patch
 from dasc.run import InputError, pick_device, record_run, run_script, true_or_false, write_csv, write_json
+from dasc.stain import normalise_stain
 
 # Edit here, or override one run with the flag of the same name.
 DATASET = "sample"  # sample, midog, mitos14, tupac16, tupac16_al or table
@@ -41,6 +42,7 @@ TEST = ""  # cases or ids for the test
 UM_PER_PX = 0.0  # resolution of the fields in um/px; 0: as the dataset or the file states it
 PATCH_SIZE = 80  # side of a patch in px
 PATCH_UM_PER_PX = 0.25  # resolution of the patches: 80 px show 20 um
+NORMALISE_STAIN = True  # bring every field to one mean and spread of stain before patches are cut
 PER_MM2 = 1800.0  # candidate nuclei per mm2, best ranked first; more find more and cost more
 SHIFTS = 3  # moved copies of every mitosis of the training split
 SHIFT_SHARE = 0.2  # largest move of a copy, in parts of the patch
@@ -49,7 +51,7 @@ EXCLUDE_UM = 20.0  # candidates nearer than this to a mitosis are never negative
 SAME_UM = 7.5  # candidates nearer than this to an annotated hard negative are the same nucleus
 RANDOM_PER_POSITIVE = 1.0  # random negatives per mitosis patch of a training field
 RANDOM_PER_FIELD = 40  # random negatives in every field of val and test
-HARD_NEGATIVES = True  # cut the annotated look-alikes too
+HARD_NEGATIVES = True  # cut the annotated look-alikes too; False: as if nobody had annotated any
 FP_MDOEL = False  # True: stage 3, search the training fields with the model for false positives
 MODEL_PATH = "results/NS/model.pt"  # the search network of stage 2
 SEARCH_ABOVE = 0.5  # p(mitosis) above which a candidate away from every mitosis is a false positive
@@ -72,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--um_per_px", type=float, default=UM_PER_PX, help="resolution of the fields; 0: as stated")
     parser.add_argument("--patch_size", type=int, default=PATCH_SIZE, help="side of a patch in px")
     parser.add_argument("--patch_um_per_px", type=float, default=PATCH_UM_PER_PX, help="resolution of the patches")
+    parser.add_argument("--normalise_stain", type=true_or_false, default=NORMALISE_STAIN, help="one stain for all")
     parser.add_argument("--per_mm2", type=float, default=PER_MM2, help="candidate nuclei per mm2")
     parser.add_argument("--shifts", type=int, default=SHIFTS, help="moved copies of every training mitosis")
     parser.add_argument("--shift_share", type=float, default=SHIFT_SHARE, help="largest move, in parts of the patch")
@@ -138,9 +141,14 @@ def main(args: argparse.Namespace) -> int:
 
 
 def check_model(config: dict, args: argparse.Namespace) -> None:
-    for name, wanted in (("patch_size", args.patch_size), ("um_per_px", args.patch_um_per_px)):
-        if config[name] != wanted:
-            raise InputError(f"{args.model_path}: trained at {name} {config[name]}, these patches have {wanted}")
+    wanted = {
+        "patch_size": args.patch_size,
+        "um_per_px": args.patch_um_per_px,
+        "normalise_stain": args.normalise_stain,
+    }
+    for name, value in wanted.items():
+        if config[name] != value:
+            raise InputError(f"{args.model_path}: trained at {name} {config[name]}, these patches have {value}")
 
 
 def start(out: Path, args: argparse.Namespace) -> Path:
@@ -187,15 +195,16 @@ def cut_field(field, annotations: pd.DataFrame, root: Path, partial: Path, args,
         tqdm.write(f"{field.image}: {outside} annotations outside the field dropped", file=sys.stderr)
     mitoses = annotations.loc[annotations["label"] == 1, ["x_px", "y_px"]].to_numpy(float)
     look_alikes = annotations.loc[annotations["label"] == 0, ["x_px", "y_px"]].to_numpy(float)
+    look_alikes = look_alikes if args.hard_negatives else look_alikes[:0]
     rng = np.random.default_rng([args.seed, zlib.crc32(field.image.encode())])
-    cutter = PatchCutter(image, um_per_px, args.patch_um_per_px, args.patch_size)
+    shown = normalise_stain(image) if args.normalise_stain else image
+    cutter = PatchCutter(shown, um_per_px, args.patch_um_per_px, args.patch_size)
 
     cuts = [at_point(cutter, 1, "annotated", point) for point in mitoses]
     if field.split == "train":
         cuts += [shifted(cutter, point, image.shape, args, rng) for point in mitoses for _ in range(args.shifts)]
     wanted = round(args.random_per_positive * len(cuts)) if field.split == "train" else args.random_per_field
-    if args.hard_negatives:
-        cuts += [at_point(cutter, 0, "hard_negative", point) for point in look_alikes]
+    cuts += [at_point(cutter, 0, "hard_negative", point) for point in look_alikes]
 
     points_px, _ = find_candidates(image, um_per_px, args.per_mm2)
     points_px = points_px[away_from(points_px, mitoses, args.exclude_um / um_per_px)]

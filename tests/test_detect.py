@@ -42,7 +42,7 @@ class Darkness(torch.nn.Module):
 
 
 def scan(image, um_per_px, views=1):
-    config = {"patch_size": 64, "um_per_px": 0.25}
+    config = {"patch_size": 64, "um_per_px": 0.25, "normalise_stain": False}
     options = {"batch_size": 16, "per_mm2": 1800, "merge_um": 7.5, "smallest": 0.05}
     return scan_field(Darkness(), config, image, um_per_px, views=views, **options)
 

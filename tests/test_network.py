@@ -10,7 +10,14 @@ import torch
 from dasc.network import CLASSES, SearchNetwork, load_backbone_weights, load_network
 from dasc.run import InputError, save_checkpoint
 
-CONFIG = {"backbone": "resnet10t", "stride": 16, "patch_size": 64, "um_per_px": 0.25, "threshold": 0.4}
+CONFIG = {
+    "backbone": "resnet10t",
+    "stride": 16,
+    "patch_size": 64,
+    "um_per_px": 0.25,
+    "normalise_stain": False,
+    "threshold": 0.4,
+}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """How long stage 1 and predict.py take for one field, and how much memory: each as a process of its own.
 
-Tiles a real (or synthetic) field to 7215 x 5412 px with 11 annotated mitoses for stage 1; predict.py gets the field itself.
+Tiles a field to 7215 x 5412 px with 11 annotated mitoses for stage 1; predict.py gets the field itself.
 Times are read from the scripts' own work: the start of Python and its libraries is timed apart, on a blank field.
 """
 
