@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> int:
             )
         except InputError as error:
             skipped[field.image] = str(error)
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
+            tqdm.write(f"skipped {field.image}: {error}", file=sys.stderr)
             continue
         detections = detections.assign(
             image=field.image,

@@ -81,6 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.epochs < 1:
+        raise InputError(f"--epochs {args.epochs}: expected 1 or more")
     device = pick_device(args.device)
     manifest, out = Path(args.manifest), Path(args.out)
     table = read_patches(manifest)
@@ -93,6 +95,9 @@ def main(args: argparse.Namespace) -> int:
                 )
     cut = read_cut_run(manifest.parent)["arguments"]
     data_root, fields, annotations = read_cut_fields(manifest.parent, args.data_root)
+    for path in fields.loc[fields["split"] == "val", "path"]:
+        if not (data_root / path).is_file():
+            raise InputError(f"{data_root / path}: this val field is gone; --data_root names the dataset's folder")
     train_patches, val_patches = (
         load_patches([manifest.parent / patch for patch in part["patch"]], args.workers) for part in (train, val)
     )

@@ -125,7 +125,7 @@ def main(args: argparse.Namespace) -> int:
             cut_field(field, annotations.get(field.image, none), dataset.root, partial, args, network, turn)
         except InputError as error:
             skipped[field.image] = str(error)
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
+            tqdm.write(f"skipped {field.image}: {error}", file=sys.stderr)
 
     with ThreadPoolExecutor(args.workers) as pool:
         jobs = [pool.submit(cut, field) for field in fields.itertuples()]

@@ -81,6 +81,12 @@ def test_bad_manifest_is_one_line_and_writes_nothing(small_run, tmp_path, name):
     assert not (tmp_path / "NS").exists()
 
 
+def test_moved_dataset_is_said_before_training(small_run, tmp_path):
+    moved = [*flags(small_run, tmp_path / "NS"), "--data_root", tmp_path]
+    fails("NS/sigle.py", *moved, says="this val field is gone")
+    assert not (tmp_path / "NS").exists()
+
+
 def test_missing_manifest_names_its_command(tmp_path):
     fails("NS/sigle.py", "--manifest", tmp_path / "patches.csv", says="pre/cut_patch_2.py")
 

@@ -1,7 +1,7 @@
 """What negatives are worth: F1 on a test slide with random ones, with searched ones, with the annotated ones too.
 
-Runs the scripts as a user would (stages 1, 2, 3, 2, 9) on MITOS-ATYPIA-14, once per seed and arm, in --out; a step whose
-result is there is not run again. Prints one row per run and writes negatives.csv.
+Runs the scripts as a user would (stages 1, 2, 3, 2, 9) on MITOS-ATYPIA-14, once per seed and arm, in --out; a step
+whose result is there is not run again. Prints one row per run and writes negatives.csv.
 """
 
 import argparse

@@ -1,10 +1,11 @@
 """How fast stage 2 trains beside the same network on ready random tensors, in one run.
 
-The step of NS/sigle.py (gather uint8 patches, augment, forward, backward, Adam) takes turns with a bare step on tensors
+The step of NS/sigle.py (gather uint8 patches, augment, forward, backward, Adam, average) takes turns with a bare step on tensors
 that lie ready, so that whatever else the machine does slows both.
 """
 
 import argparse
+import copy
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from dasc.augment import training_view
-from dasc.network import SearchNetwork
+from dasc.network import SearchNetwork, update_average
 from dasc.run import pick_device
 
 if __name__ == "__main__":
@@ -35,6 +36,7 @@ if __name__ == "__main__":
     labels = torch.randint(0, 2, (len(patches),), generator=generator)
     for backbone in args.backbones:
         network = SearchNetwork(backbone, args.stride).to(device, memory_format=torch.channels_last).train()
+        average = copy.deepcopy(network)
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
         ready = torch.rand(args.batch_size, *shape[1:], device=device).to(memory_format=torch.channels_last)
         ready_labels = labels[: args.batch_size].to(device)
@@ -54,6 +56,7 @@ if __name__ == "__main__":
             middle = time.perf_counter()
             batch = torch.randint(len(patches), (args.batch_size,), generator=generator)
             step(training_view(patches[batch].to(device), generator, 0.2, 0.2, 0.8), labels[batch].to(device))
+            update_average(average, network, 0.98)
             if number >= 2:  # the first steps set the libraries up
                 times["bare"].append(middle - start)
                 times["stage 2"].append(time.perf_counter() - middle)

@@ -1,0 +1,42 @@
+"""The README's commands, in its order and with its paths, lightened so that they end in seconds."""
+
+import re
+import shlex
+
+from pipeline import LIGHT, ROOT, succeed
+
+LIGHTER = {
+    "pre/make_sample.py": ["--size_px", 500, "--mitoses", 4, "--imposters", 4],
+    "pre/cut_patch_2.py": ["--patch_size", 64],
+    "NS/sigle.py": [*LIGHT, "--epochs", 1],
+    "predict.py": ["--device", "cpu"],
+}
+
+
+def commands() -> list[str]:
+    """The nine commands of the table that are not to come, after stage 0, and the two lines that follow the table."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme[readme.index("## The stages") : readme.index("ImageNet weights come")]
+    table = [row for row in section.splitlines() if row.startswith("| ") and "*to come*" not in row]
+    staged = [found for row in table for found in re.findall(r"`python ([^`]+)`", row)]
+    after = re.findall(r"^python (.+)$", section, flags=re.MULTILINE)
+    return ["pre/make_sample.py", *staged, *after]
+
+
+def test_readme_commands_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    typed = commands()
+    assert typed[:4] == [
+        "pre/make_sample.py",
+        "pre/cut_patch_2.py",
+        "NS/sigle.py",
+        "pre/cut_patch_2.py --fp_mdoel True",
+    ]
+    assert "predict.py" in typed
+    for command in typed:
+        script, *flags = shlex.split(command)
+        succeed(script, *flags, *LIGHTER[script])
+    for made in ("data/patches/patches.csv", "data/patches_ns/patches.csv", "results/NS_searched/model.pt"):
+        assert (tmp_path / made).is_file()
+    assert (tmp_path / "results/predict/metrics.json").is_file()
+    assert list((tmp_path / "results/predict").glob("*/overlay.png"))
