@@ -13,7 +13,7 @@ from urllib.parse import quote
 import pandas as pd
 from tqdm import tqdm
 
-from dasc.datasets import READERS, drop_outside, parse_cases, read_dataset
+from dasc.datasets import READERS, drop_outside, read_dataset
 from dasc.detect import scan_field
 from dasc.export import write_detections, write_geojson, write_mitotic_figures
 from dasc.fields import find_images, read_field, resolution
@@ -22,6 +22,7 @@ from dasc.manifest import sha256
 from dasc.metrics import evaluate
 from dasc.network import load_network
 from dasc.run import InputError, pick_device, record_run, run_script, true_or_false, write_csv, write_json
+from dasc.splits import parse_cases
 
 # Edit here, or override one run with the flag of the same name.
 IMAGES = ["data/sample/images"]  # image files, or folders of them

@@ -5,8 +5,7 @@ import io
 import json
 import logging
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
@@ -15,14 +14,10 @@ import pandas as pd
 
 from dasc.fields import UM_PER_PX_RANGE
 from dasc.run import InputError
+from dasc.splits import Field, assign_splits
 
-SAMPLE_VAL, SAMPLE_TEST = ("7", "8"), ("9", "10")  # image ids of the synthetic sample
-MIDOG_VAL, MIDOG_TEST = ("41-45", "91-95", "141-145"), ("46-50", "96-100", "146-150")  # image ids, as in the paper
 MIDOG21_UNLABELLED = range(151, 201)
-MITOS14_VAL, MITOS14_TEST = ("A03", "H03"), ("A04", "H04")
 MITOS14_UM_PER_PX = {"A": 0.2455, "H": 0.2274}  # Aperio, Hamamatsu
-TUPAC16_VAL = ("30", "37", "44", "51", "58", "65", "72")
-TUPAC16_TEST = ("31", "38", "45", "52", "59", "66", "73")
 TUPAC16_UM_PER_PX = 0.25
 
 FRAME_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")  # frames are often converted
@@ -48,18 +43,6 @@ class Dataset:
     duplicates: int = 0
 
 
-@dataclass
-class _Field:
-    image: str
-    path: str
-    case: str
-    where: str  # file and row it was read from, for messages
-    um_per_px: float = math.nan
-    split: str = ""
-    group: str = ""  # what must not be divided: the case, or one glass on two scanners
-    names: tuple[str, ...] = ()  # what --val and --test may call it beside its case
-
-
 class _Point(NamedTuple):
     image: str
     x_px: float
@@ -69,7 +52,7 @@ class _Point(NamedTuple):
     confidence: float = math.nan
 
 
-_Content = tuple[list[_Field], list[_Point]]
+_Content = tuple[list[Field], list[_Point]]
 
 
 def read_dataset(name: str, root: Path, val: list[str] | None = None, test: list[str] | None = None) -> Dataset:
@@ -90,7 +73,7 @@ def read_dataset(name: str, root: Path, val: list[str] | None = None, test: list
         raise InputError(f"{root}: no image of a {name} dataset found in its layout; check --data_root")
     _check_images(fields, points)
     points, duplicates = _without_duplicates(points)
-    _assign_splits(name, fields, val, test)
+    assign_splits(name, fields, val, test)
     columns = ["image", "path", "case", "split", "um_per_px"]
     field_table = pd.DataFrame([[getattr(field, column) for column in columns] for field in fields], columns=columns)
     point_table = pd.DataFrame(points, columns=_Point._fields).drop(columns="where")
@@ -103,11 +86,6 @@ def read_dataset(name: str, root: Path, val: list[str] | None = None, test: list
     )
 
 
-def parse_cases(text: str) -> list[str]:
-    """Split `A,B` of --val and --test into its names; an empty text gives none."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def drop_outside(annotations: pd.DataFrame, width: int, height: int) -> tuple[pd.DataFrame, int]:
     """Return the annotations of one field that lie on its pixels, and how many do not.
 
@@ -117,8 +95,8 @@ def drop_outside(annotations: pd.DataFrame, width: int, height: int) -> tuple[pd
     return annotations[inside], int((~inside).sum())
 
 
-def _check_images(fields: list[_Field], points: list[_Point]) -> None:
-    known: dict[str, _Field] = {}
+def _check_images(fields: list[Field], points: list[_Point]) -> None:
+    known: dict[str, Field] = {}
     for field in fields:
         if field.image in known:
             raise InputError(
@@ -145,62 +123,6 @@ def _without_duplicates(points: list[_Point]) -> tuple[list[_Point], int]:
     return list(kept.values()), duplicates
 
 
-def _assign_splits(name: str, fields: list[_Field], val: list[str] | None, test: list[str] | None) -> None:
-    side_of: dict[str, str] = {}
-    for side, names in (("val", val), ("test", test)):
-        for group in _find_groups(fields, names or [], side):
-            if side_of.setdefault(group, side) != side:
-                raise InputError(f"--val and --test both name case {group}; one case goes to one side")
-    for side, names in (("val", val), ("test", test)):
-        if names is not None:
-            continue
-        if name == "table":
-            groups = {field.group for field in fields if field.split == side}
-        elif name in DEFAULT_SPLITS:
-            try:
-                groups = _find_groups(fields, DEFAULT_SPLITS[name][side == "test"], side)
-            except InputError as error:
-                raise InputError(f"{error}; the paper's split does not fit: name --val and --test") from error
-        for group in groups:
-            side_of.setdefault(group, side)
-    for field in fields:
-        if field.split != "unlabelled":
-            field.split = side_of.get(field.group, "train")
-    for side, names in (("val", val), ("test", test)):
-        if names and all(field.split != side for field in fields):
-            raise InputError(f"--{side} {','.join(names)}: these cases are unlabelled; name cases with annotations")
-
-
-def _find_groups(fields: list[_Field], names: Iterable[str], side: str) -> set[str]:
-    """Return the groups that `names` mean: as case, as image or id, then the same with 041 read as 41."""
-    by_name: list[dict[str, set[str]]] = [{}, {}, {}, {}]
-    for field in fields:
-        for level, called in enumerate(((field.case,), (field.image, *field.names))):
-            for one in called:
-                by_name[level].setdefault(one, set()).add(field.group)
-                by_name[level + 2].setdefault(_plain_number(one), set()).add(field.group)
-    found: set[str] = set()
-    for name in names:
-        span = re.fullmatch(r"(\d+)-(\d+)", name, re.ASCII)
-        is_range = span and not any(name in level for level in by_name)
-        for one in map(str, range(int(span[1]), int(span[2]) + 1)) if is_range else (name,):
-            groups = next((level[one] for level in by_name[:2] if one in level), None)
-            plain = _plain_number(one)
-            groups = groups or next((level[plain] for level in by_name[2:] if plain in level), None)
-            if not groups:
-                cases = sorted({field.case for field in fields})
-                known = ", ".join(cases if len(cases) <= 12 else [*cases[:6], "...", *cases[-3:]])
-                raise InputError(f"--{side} {name}: no case or image {one}; the {len(cases)} cases are {known}")
-            found |= groups
-        if is_range and int(span[1]) > int(span[2]):
-            raise InputError(f"--{side} {name}: a range goes from low to high")
-    return found
-
-
-def _plain_number(name: str) -> str:
-    return (name.lstrip("0") or "0") if name.isdecimal() else name
-
-
 def _read_midog(root: Path) -> _Content:
     """Read MIDOG 2021, 2022 or ++: one JSON, boxes [x1, y1, x2, y2], category 1 mitosis and 2 hard negative."""
     path = root / "MIDOG.json"
@@ -218,7 +140,7 @@ def _read_midog(root: Path) -> _Content:
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise InputError(f"{path}: expected a list {key!r} of objects, as in MIDOG.json")
-    by_id: dict[Any, _Field] = {}
+    by_id: dict[Any, Field] = {}
     for row, entry in enumerate(content["images"]):
         where = f"{path}, images[{row}]"
         identity, file_name = entry.get("id"), entry.get("file_name")
@@ -228,7 +150,7 @@ def _read_midog(root: Path) -> _Content:
         stem = PurePosixPath(file_name).stem
         case = str(entry.get("slide") or stem)
         in_images = (root / "images" / file_name).is_file() or not (root / file_name).is_file()
-        field = _Field(stem, f"images/{file_name}" if in_images else file_name, case, where)
+        field = Field(stem, f"images/{file_name}" if in_images else file_name, case, where)
         field.group, field.names = case, (str(identity),)
         if identity in by_id:
             raise InputError(f"{by_id[identity].where} and {where}: both have id {identity!r}; ids must be unique")
@@ -276,7 +198,7 @@ def _read_mitos14(root: Path) -> _Content:
                 tables = slide.parent / "mitosis"
             unused = set(tables.glob("*_mitosis.csv"))
             for frame in _frames(frames):
-                field = _Field(frame.stem, frame.relative_to(root).as_posix(), case, str(frame))
+                field = Field(frame.stem, frame.relative_to(root).as_posix(), case, str(frame))
                 field.um_per_px, field.group, field.names = MITOS14_UM_PER_PX[case[0]], case[1:], (twin,)
                 positives = tables / f"{frame.stem}_mitosis.csv"
                 negatives = tables / f"{frame.stem}_not_mitosis.csv"
@@ -312,7 +234,7 @@ def _read_tupac16(root: Path, alternative: bool = False) -> _Content:
             for image in _frames(folder):
                 if not image.stem.isdecimal():
                     continue
-                field = _Field(
+                field = Field(
                     f"{folder.name}_{image.stem}", image.relative_to(root).as_posix(), folder.name, str(image)
                 )
                 field.um_per_px, field.group = TUPAC16_UM_PER_PX, folder.name
@@ -329,7 +251,7 @@ def _read_tupac16(root: Path, alternative: bool = False) -> _Content:
 def _read_table(root: Path) -> _Content:
     """Read fields.csv and annotations.csv; a field without a row in annotations.csv is known to be empty."""
     fields, points = [], []
-    labelled: dict[str, _Field] = {}
+    labelled: dict[str, Field] = {}
     for where, row in _table_rows(root / "fields.csv", ("image", "path", "case", "split", "um_per_px")):
         for column in ("image", "path", "case"):
             if not row[column]:
@@ -341,7 +263,7 @@ def _read_table(root: Path) -> _Content:
         um_per_px = _number(row["um_per_px"], where) if row["um_per_px"] else math.nan
         if um_per_px < UM_PER_PX_RANGE[0] or um_per_px > UM_PER_PX_RANGE[1]:
             raise InputError(f"{where}: um_per_px {um_per_px:g}; expected {UM_PER_PX_RANGE[0]} to {UM_PER_PX_RANGE[1]}")
-        field = _Field(row["image"], row["path"], row["case"], where, um_per_px, row["split"], row["case"])
+        field = Field(row["image"], row["path"], row["case"], where, um_per_px, row["split"], row["case"])
         fields.append(field)
         if field.split != "unlabelled":
             first = labelled.setdefault(field.case, field)
@@ -431,11 +353,4 @@ READERS: dict[str, Callable[[Path], _Content]] = {
     "tupac16_al": lambda root: _read_tupac16(root, alternative=True),
     "table": _read_table,
     "sample": _read_midog,
-}
-DEFAULT_SPLITS = {  # val, test
-    "midog": (MIDOG_VAL, MIDOG_TEST),
-    "mitos14": (MITOS14_VAL, MITOS14_TEST),
-    "tupac16": (TUPAC16_VAL, TUPAC16_TEST),
-    "tupac16_al": (TUPAC16_VAL, TUPAC16_TEST),
-    "sample": (SAMPLE_VAL, SAMPLE_TEST),
 }

@@ -23,7 +23,7 @@ import pandas as pd
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
-from dasc.datasets import READERS, drop_outside, parse_cases, read_dataset
+from dasc.datasets import READERS, drop_outside, read_dataset
 from dasc.detect import score_points
 from dasc.fields import read_field, resolution
 from dasc.manifest import ANNOTATIONS, FIELDS, LABELS, PATCHES, SPLITS
@@ -31,6 +31,7 @@ from dasc.network import load_network
 from dasc.nuclei import find_candidates
 from dasc.patches import PatchCutter, write_patch
 from dasc.run import InputError, pick_device, record_run, run_script, true_or_false, write_csv, write_json
+from dasc.splits import parse_cases
 from dasc.stain import normalise_stain
 
 # Edit here, or override one run with the flag of the same name.

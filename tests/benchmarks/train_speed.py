@@ -1,6 +1,6 @@
 """How fast stage 2 trains beside the same network on ready random tensors, in one run.
 
-The step of NS/sigle.py (gather uint8 patches, augment, forward, backward, Adam, average) takes turns with a bare step on tensors
+The step of NS/sigle.py (gather, augment, forward, backward, Adam, average) takes turns with a bare step on tensors
 that lie ready, so that whatever else the machine does slows both.
 """
 

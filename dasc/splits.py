@@ -1,0 +1,100 @@
+"""Put every case of a dataset on one side: train, val or test. Fields of one case are never divided."""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dasc.run import InputError
+
+SAMPLE_VAL, SAMPLE_TEST = ("7", "8"), ("9", "10")  # image ids of the synthetic sample
+MIDOG_VAL, MIDOG_TEST = ("41-45", "91-95", "141-145"), ("46-50", "96-100", "146-150")  # image ids, as in the paper
+MITOS14_VAL, MITOS14_TEST = ("A03", "H03"), ("A04", "H04")
+TUPAC16_VAL = ("30", "37", "44", "51", "58", "65", "72")
+TUPAC16_TEST = ("31", "38", "45", "52", "59", "66", "73")
+DEFAULT_SPLITS = {  # val, test
+    "midog": (MIDOG_VAL, MIDOG_TEST),
+    "mitos14": (MITOS14_VAL, MITOS14_TEST),
+    "tupac16": (TUPAC16_VAL, TUPAC16_TEST),
+    "tupac16_al": (TUPAC16_VAL, TUPAC16_TEST),
+    "sample": (SAMPLE_VAL, SAMPLE_TEST),
+}
+
+
+@dataclass
+class Field:
+    """One field as a reader finds it: its row of the field table, and what a user may call it."""
+
+    image: str
+    path: str
+    case: str
+    where: str  # file and row it was read from, for messages
+    um_per_px: float = math.nan
+    split: str = ""
+    group: str = ""  # what must not be divided: the case, or one glass on two scanners
+    names: tuple[str, ...] = ()  # what --val and --test may call it beside its case
+
+
+def parse_cases(text: str) -> list[str]:
+    """Split `A,B` of --val and --test into its names; an empty text gives none."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def assign_splits(name: str, fields: list[Field], val: list[str] | None, test: list[str] | None) -> None:
+    """Set the split of every field of dataset `name`: val and test as named, else the default, the rest train.
+
+    Errors: InputError for a name that no field has, a case on both sides, a side that is unlabelled.
+    """
+    side_of: dict[str, str] = {}
+    for side, names in (("val", val), ("test", test)):
+        for group in _find_groups(fields, names or [], side):
+            if side_of.setdefault(group, side) != side:
+                raise InputError(f"--val and --test both name case {group}; one case goes to one side")
+    for side, names in (("val", val), ("test", test)):
+        if names is not None:
+            continue
+        if name == "table":
+            groups = {field.group for field in fields if field.split == side}
+        elif name in DEFAULT_SPLITS:
+            try:
+                groups = _find_groups(fields, DEFAULT_SPLITS[name][side == "test"], side)
+            except InputError as error:
+                raise InputError(f"{error}; the paper's split does not fit: name --val and --test") from error
+        for group in groups:
+            side_of.setdefault(group, side)
+    for field in fields:
+        if field.split != "unlabelled":
+            field.split = side_of.get(field.group, "train")
+    for side, names in (("val", val), ("test", test)):
+        if names and all(field.split != side for field in fields):
+            raise InputError(f"--{side} {','.join(names)}: these cases are unlabelled; name cases with annotations")
+
+
+def _find_groups(fields: list[Field], names: Iterable[str], side: str) -> set[str]:
+    """Return the groups that `names` mean: as case, as image or id, then the same with 041 read as 41."""
+    by_name: list[dict[str, set[str]]] = [{}, {}, {}, {}]
+    for field in fields:
+        for level, called in enumerate(((field.case,), (field.image, *field.names))):
+            for one in called:
+                by_name[level].setdefault(one, set()).add(field.group)
+                by_name[level + 2].setdefault(_plain_number(one), set()).add(field.group)
+    found: set[str] = set()
+    for name in names:
+        span = re.fullmatch(r"(\d+)-(\d+)", name, re.ASCII)
+        is_range = span and not any(name in level for level in by_name)
+        for one in map(str, range(int(span[1]), int(span[2]) + 1)) if is_range else (name,):
+            groups = next((level[one] for level in by_name[:2] if one in level), None)
+            plain = _plain_number(one)
+            groups = groups or next((level[plain] for level in by_name[2:] if plain in level), None)
+            if not groups:
+                cases = sorted({field.case for field in fields})
+                known = ", ".join(cases if len(cases) <= 12 else [*cases[:6], "...", *cases[-3:]])
+                raise InputError(f"--{side} {name}: no case or image {one}; the {len(cases)} cases are {known}")
+            found |= groups
+        if is_range and int(span[1]) > int(span[2]):
+            raise InputError(f"--{side} {name}: a range goes from low to high")
+    return found
+
+
+def _plain_number(name: str) -> str:
+    return (name.lstrip("0") or "0") if name.isdecimal() else name
