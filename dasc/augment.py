@@ -13,7 +13,7 @@ STAINS = torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, -0.
 
 def to_float(patches: Tensor) -> Tensor:
     """Patches (B, 3, H, W) uint8 to float in 0..1, laid out as convolutions like them."""
-    return patches.to(memory_format=torch.channels_last).float().div_(255)
+    return patches.float().div_(255).to(memory_format=torch.channels_last)
 
 
 def dihedral(patches: Tensor, view: int) -> Tensor:
@@ -33,7 +33,8 @@ def affine(patches: Tensor, generator: torch.Generator, degrees: float, scale: f
     cos, sin = angle.cos() * size, angle.sin() * size
     rows = torch.stack([cos * mirror, -sin, 2 * shift * x, sin * mirror, cos, 2 * shift * y], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(rows, list(patches.shape), align_corners=False)
-    return F.grid_sample(patches, grid, padding_mode="reflection", align_corners=False)
+    views = F.grid_sample(patches, grid, padding_mode="reflection", align_corners=False)
+    return views.to(memory_format=torch.channels_last)  # grid_sample loses it, and convolutions are slow without
 
 
 def jitter_stain(patches: Tensor, generator: torch.Generator, strength: float, offset: float) -> Tensor:
@@ -45,17 +46,19 @@ def jitter_stain(patches: Tensor, generator: torch.Generator, strength: float, o
     stains = STAINS.to(patches)
     factors = 1 + strength * _uniform(patches, generator, 3).T  # (B, 3)
     moves = offset * _uniform(patches, generator, 3).T
-    matrices = torch.linalg.inv(stains) @ (factors[:, :, None] * stains)  # (B, 3, 3): density row times matrix
-    density = patches.clamp(min=1 / 255).log_()  # minus the optical density: the signs cancel at the end
-    mixed = torch.einsum("bchw,bcd->bdhw", density, matrices) - (moves @ stains)[:, :, None, None]
-    return mixed.exp_().clamp_(0, 1)
+    matrices = torch.linalg.inv(stains) @ (factors[:, :, None] * stains)  # (B, 3, 3), to the right of a pixel's row
+    pixels = patches.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, 3), without a copy where the layout is channels_last
+    minus_density = pixels.clamp(min=1 / 255).log_()
+    mixed = torch.baddbmm(-(moves @ stains)[:, None], minus_density, matrices).exp_().clamp_(0, 1)
+    return mixed.unflatten(1, patches.shape[2:]).permute(0, 3, 1, 2)
 
 
 def jitter_light(patches: Tensor, generator: torch.Generator, brightness: float, contrast: float) -> Tensor:
     """Multiply each patch's contrast about its mean by 1 +- contrast and its brightness by 1 +- brightness."""
     light, spread = _uniform(patches, generator, 2).view(2, -1, 1, 1, 1)
     mean = patches.mean(dim=(1, 2, 3), keepdim=True)
-    return ((patches - mean) * (1 + contrast * spread) + mean * (1 + brightness * light)).clamp_(0, 1)
+    # (x - mean) (1 + contrast) + mean (1 + brightness), gathered so that the pixels are passed over once
+    return torch.addcmul(mean * (brightness * light - contrast * spread), patches, 1 + contrast * spread).clamp_(0, 1)
 
 
 def jitter_focus(patches: Tensor, generator: torch.Generator, blur: float, sharpen: float) -> Tensor:
