@@ -62,7 +62,13 @@ def test_constants_that_flags_leave_out_are_used(path):
 
 def test_no_script_imports_a_script():
     scripts = {"predict", "clus_hard", "clus_scl", "pre", "NS", "DMU"}
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("pre/*.py"), *ROOT.glob("NS/*.py"), *ROOT.glob("dasc/*.py")]:
+    for path in [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("pre/*.py"),
+        *ROOT.glob("NS/*.py"),
+        *ROOT.glob("DMU/*.py"),
+        *ROOT.glob("dasc/*.py"),
+    ]:
         assert not {name.split(".")[0] for name in imports(path)} & scripts, path
 
 
