@@ -23,7 +23,7 @@ from dasc.fields import read_field
 from dasc.figures import curves, precision_recall
 from dasc.manifest import LABELS, read_cut_fields, read_cut_run, read_patches, sha256
 from dasc.metrics import choose_threshold
-from dasc.network import CLASSES, SearchNetwork, load_backbone_weights, read_checkpoint, update_average
+from dasc.network import CLASSES, SearchNetwork, check_same_run, load_backbone_weights, read_checkpoint, update_average
 from dasc.patches import load_patches
 from dasc.run import InputError, pick_device, record_run, run_script, save_checkpoint, true_or_false, write_csv
 
@@ -224,15 +224,6 @@ def threshold_on_val(network, config, data_root, fields, annotations, args) -> t
         found_px = detections[["x_px", "y_px"]].to_numpy()
         found.append((truth_px * field.um_per_px, found_px * field.um_per_px, detections["probability"].to_numpy()))
     return choose_threshold(found, args.match_um)
-
-
-def check_same_run(path: Path, checkpoint: dict, settings: dict, config: dict) -> None:
-    """Refuse to go on with a run of other settings or other patches."""
-    if checkpoint["config"]["manifest_sha256"] != config["manifest_sha256"]:
-        raise InputError(f"{path}: was trained on another manifest than {settings['manifest']}; leave out --resume")
-    for name, value in settings.items():
-        if checkpoint["settings"].get(name) != value:
-            raise InputError(f"{path}: was begun with --{name} {checkpoint['settings'].get(name)}, not {value}")
 
 
 if __name__ == "__main__":

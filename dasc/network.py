@@ -144,10 +144,22 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def check_same_run(path: Path, checkpoint: dict[str, Any], settings: dict[str, Any], config: dict[str, Any]) -> None:
+    """Raise InputError where the checkpoint to resume from was begun with other settings or other patches."""
+    if checkpoint["config"]["manifest_sha256"] != config["manifest_sha256"]:
+        raise InputError(f"{path}: was trained on another manifest than {settings['manifest']}; leave out --resume")
+    for name, value in settings.items():
+        if checkpoint["settings"].get(name) != value:
+            raise InputError(f"{path}: was begun with --{name} {checkpoint['settings'].get(name)}, not {value}")
+
+
 def _read_tensors(path: Path) -> Any:
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file; NS/sigle.py writes model.pt, and --model_path names another")
+        raise InputError(
+            f"{path}: no such file; a training script writes it (stage 2: NS/sigle.py); name another with "
+            "--model_path, or leave out --resume"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:

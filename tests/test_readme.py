@@ -9,6 +9,10 @@ LIGHTER = {
     "pre/make_sample.py": ["--size_px", 500, "--mitoses", 4, "--imposters", 4],
     "pre/cut_patch_2.py": ["--patch_size", 64],
     "NS/sigle.py": [*LIGHT, "--epochs", 1],
+    "DMU/main.py": [*LIGHT, "--epochs", 3, "--count_after", 1, "--warmup", 0],
+    "clus_hard.py": [],
+    "DMU/hard_main.py": [*LIGHT, "--epochs", 2, "--seen_after", 0],
+    "clus_scl.py": [],
     "predict.py": ["--device", "cpu"],
 }
 
@@ -32,10 +36,11 @@ def test_readme_commands_run_in_order(tmp_path, monkeypatch):
         "NS/sigle.py",
         "pre/cut_patch_2.py --fp_mdoel True",
     ]
-    assert "predict.py" in typed
+    assert typed[4:8] == ["DMU/main.py", "clus_hard.py", "DMU/hard_main.py", "clus_scl.py"] and "predict.py" in typed
     for command in typed:
         script, *flags = shlex.split(command)
         succeed(script, *flags, *LIGHTER[script])
+    assert (tmp_path / "results/DMU_hard/SCL.csv").is_file()
     for made in ("data/patches/patches.csv", "data/patches_ns/patches.csv", "results/NS_searched/model.pt"):
         assert (tmp_path / made).is_file()
     assert (tmp_path / "results/predict/metrics.json").is_file()
