@@ -1,7 +1,10 @@
 """Puts the project's root on sys.path, so that tests import dasc as the scripts do."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on small tensors more threads wait for each other
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
