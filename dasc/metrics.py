@@ -8,7 +8,6 @@ import pandas as pd
 from dasc.run import InputError
 
 RADIUS_UM = 7.5  # the MIDOG challenge's radius: about that of a mitotic figure
-TOLERANCE = 0.04  # of F1: thresholds this near to the best are taken for as good on other fields
 UTS_RADIUS_PX = 30  # the radius the paper and its baseline (UTS) count with
 
 
@@ -105,14 +104,13 @@ def bootstrap_f1(
 def choose_threshold(
     fields: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], radius: float
 ) -> tuple[float, pd.DataFrame]:
-    """Find a threshold of high pooled F1 when the detections that reach it are matched one to one.
+    """Find the threshold with the highest pooled F1 when the detections that reach it are matched one to one.
 
     fields: per field truth_xy (T, 2), detections_xy (D, 2) and probability (D,), in the unit of `radius`.
     Returns the threshold and the exact curve (threshold, precision, recall, f1), a row per distinct
-    probability, descending. A detection counts when its probability >= threshold. The top of the curve of one
-    slide is flat and ragged, so its highest point says little: the threshold is the median of all that come within
-    TOLERANCE of the best F1, which scores higher on fields left out than the best point does. Without any true
-    positive there is nothing to choose by, and 0.5 is returned.
+    probability, descending. A detection counts when its probability >= threshold. Every threshold above the
+    next lower probability scores the same as the best one, and the middle of that gap is returned; of equal
+    F1, the highest threshold. Without any true positive there is nothing to choose by, and 0.5 is returned.
     """
     steps = [(np.empty(0), np.empty(0))]
     for truth_xy, detections_xy, probability in fields:
@@ -129,8 +127,11 @@ def choose_threshold(
     curve = pd.DataFrame({"threshold": thresholds, "precision": precision, "recall": recall, "f1": f1})
     if not len(f1) or f1.max() == 0:
         return 0.5, curve
-    middles = (thresholds + np.append(thresholds[1:], thresholds[-1:])) / 2  # any value in the gap scores the same
-    return float(np.median(middles[f1 >= f1.max() - TOLERANCE])), curve
+    best = int(f1.argmax())
+    if best + 1 == len(thresholds):
+        return float(thresholds[best]), curve
+    middle = (thresholds[best] + thresholds[best + 1]) / 2
+    return float(middle if middle > thresholds[best + 1] else thresholds[best]), curve
 
 
 def evaluate(

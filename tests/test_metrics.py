@@ -138,10 +138,10 @@ def test_threshold_is_the_best_of_all(steps):
         if best == 0:
             assert threshold == 0.5
             continue
-        falling = sorted(by_hand, reverse=True)
-        gaps = zip(falling, [*falling[1:], falling[-1]], strict=True)
-        near = [(high + low) / 2 for high, low in gaps if by_hand[high] >= best - 0.04]
-        assert threshold == pytest.approx(np.median(near))
+        assert brute_force_f1(fields, threshold, 5.0) == pytest.approx(best)
+        at = max(t for t, f1 in by_hand.items() if f1 > best - 1e-12)
+        below = max((t for t in by_hand if t < at), default=at)
+        assert threshold == pytest.approx((at + below) / 2)
 
 
 def test_threshold_by_hand_and_when_there_is_nothing_to_choose_by():
