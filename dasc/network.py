@@ -67,7 +67,7 @@ def _feature_strides(backbone: str) -> list[int]:
     try:
         with torch.device("meta"):
             return timm.create_model(backbone, features_only=True).feature_info.reduction()
-    except (RuntimeError, AttributeError, NotImplementedError) as error:
+    except (RuntimeError, AttributeError) as error:
         raise InputError(f"backbone {backbone}: gives no feature maps; choose a convolutional one") from error
 
 
