@@ -26,7 +26,7 @@ from dasc.splits import parse_cases
 
 # Edit here, or override one run with the flag of the same name.
 IMAGES = ["data/sample/images"]  # image files, or folders of them
-MODEL_PATH = "results/NS/model.pt"  # the trained network
+MODEL_PATH = "results/DMU_scl/model.pt"  # the trained network
 OUT = "results/predict"  # folder to write
 UM_PER_PX = 0.0  # resolution of the images in um/px; 0: as the file or the dataset states it
 THRESHOLD = 0.0  # p(mitosis) from which a detection counts; 0: the checkpoint's own, chosen on val

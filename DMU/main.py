@@ -12,11 +12,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from dasc.dual import DualNetwork
 from dasc.figures import curves
+from dasc.losses import generalised_cross_entropy
 from dasc.manifest import LABELS, read_cut_run, read_patches, sha256
 from dasc.memory import STATES, UNSEEN, VIEWS, Memory, Settings, noise_score, start, thresholds, update
 from dasc.network import CLASSES, check_same_run, load_backbone_weights, read_checkpoint
@@ -38,12 +38,15 @@ SCORE_AFTER = 0  # epochs before noise_score begins to average
 BATCH_SIZE = 512  # largest number of patches per step
 LR = 1e-4  # learning rate of Adam
 FUSED_SHARE = 0.5  # share of the fused head in the loss; the two branches halve the rest
-CLASS_WEIGHTS = True  # cross entropy weighted by inverse label frequency; False: every patch weighs the same
+LOSS_Q = (
+    0.7  # exponent of the generalised cross entropy: higher is slower to learn wrong labels; 0: cross entropy (paper)
+)
+CLASS_WEIGHTS = True  # the loss weighted by inverse label frequency; False: every patch weighs the same
 WEAK_STRENGTH = 1.0  # of the weak views' changes, relative to the ranges in dasc/views.py
 STRONG_STRENGTH = 1.0  # of the strong views' changes
 CONFIDENCE_START = 0.0  # memory m_v before the first epoch; 0: 1 / number of training patches
 CONFIDENCE_MOMENTUM = 0.99  # share of m_v that an epoch keeps
-BIAS_CORRECTION = False  # True: compare with m_v freed of its start, which else weighs e^-1 after 100 epochs
+BIAS_CORRECTION = True  # compare with m_v freed of its start, which else weighs e^-1 after 100 epochs; False: the paper
 DISTANCE_MOMENTUM = 0.99  # share of the centroid distance's memory that an epoch keeps
 NAN_STEPS = 10  # steps in a row without a finite loss before training stops
 DEVICE = "auto"  # auto, cpu, cuda or mps
@@ -68,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="largest number of patches per step")
     parser.add_argument("--lr", type=float, default=LR, help="learning rate")
     parser.add_argument("--fused_share", type=float, default=FUSED_SHARE, help="share of the fused head in the loss")
+    parser.add_argument("--loss_q", type=float, default=LOSS_Q, help="exponent of the loss; 0: cross entropy")
     parser.add_argument("--class_weights", type=true_or_false, default=CLASS_WEIGHTS, help="weigh labels equally")
     parser.add_argument("--weak_strength", type=float, default=WEAK_STRENGTH, help="of the weak views")
     parser.add_argument("--strong_strength", type=float, default=STRONG_STRENGTH, help="of the strong views")
@@ -85,6 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     check_epochs(args)
+    if not 0 <= args.loss_q <= 1:
+        raise InputError(f"--loss_q {args.loss_q}: expected 0 to 1")
     device = pick_device(args.device)
     manifest, out = Path(args.manifest), Path(args.out)
     table = read_patches(manifest)
@@ -157,7 +163,7 @@ def main(args: argparse.Namespace) -> int:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 logits, pooled = network(weak, strong)
             logits = logits.float()
-            losses = F.cross_entropy(logits.flatten(0, 1), batch_labels.repeat(len(VIEWS)), reduction="none")
+            losses = generalised_cross_entropy(logits.flatten(0, 1), batch_labels.repeat(len(VIEWS)), args.loss_q)
             loss = view_shares @ (losses.view(len(VIEWS), -1) * weights[batch_labels]).mean(dim=1)
             nan_steps = 0 if torch.isfinite(loss) else nan_steps + 1
             if nan_steps == args.nan_steps:

@@ -14,18 +14,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import precision_recall_curve
 from tqdm import tqdm
 
 from dasc.augment import training_view
-from dasc.detect import scan_field, score_patches
-from dasc.fields import read_field
+from dasc.detect import score_patches
 from dasc.figures import curves, precision_recall
 from dasc.manifest import LABELS, read_cut_fields, read_cut_run, read_patches, sha256
-from dasc.metrics import choose_threshold
 from dasc.network import CLASSES, SearchNetwork, check_same_run, load_backbone_weights, read_checkpoint, update_average
 from dasc.patches import load_patches
 from dasc.run import InputError, pick_device, record_run, run_script, save_checkpoint, true_or_false, write_csv
+from dasc.training import balanced_order, best_f1, check_val_fields, cosine, threshold_on_val
 
 # Edit here, or override one run with the flag of the same name.
 MANIFEST = "data/patches/patches.csv"  # patches to train on
@@ -95,9 +93,7 @@ def main(args: argparse.Namespace) -> int:
                 )
     cut = read_cut_run(manifest.parent)["arguments"]
     data_root, fields, annotations = read_cut_fields(manifest.parent, args.data_root)
-    for path in fields.loc[fields["split"] == "val", "path"]:
-        if not (data_root / path).is_file():
-            raise InputError(f"{data_root / path}: this val field is gone; --data_root names the dataset's folder")
+    check_val_fields(data_root, fields)
     train_patches, val_patches = (
         load_patches([manifest.parent / patch for patch in part["patch"]], args.workers) for part in (train, val)
     )
@@ -167,7 +163,17 @@ def main(args: argparse.Namespace) -> int:
         write_csv(out / "log.csv", pd.DataFrame(log).round(6))
 
     average.load_state_dict(best)
-    config["threshold"], curve = threshold_on_val(average, config, data_root, fields, annotations, args)
+    config["threshold"], curve = threshold_on_val(
+        average,
+        config,
+        data_root,
+        fields,
+        annotations,
+        batch_size=2 * args.batch_size,
+        per_mm2=args.per_mm2,
+        match_um=args.match_um,
+        views=args.views,
+    )
     save_checkpoint(out / "model.pt", {"model": best, "config": config})
     write_csv(out / "val_curve.csv", curve.round(6))
     curves(out / "curves.png", pd.DataFrame(log), {"cross entropy": ["loss"], "F1 of the val patches": ["val_f1"]})
@@ -179,51 +185,6 @@ def main(args: argparse.Namespace) -> int:
         f"best epoch {epoch}; val fields: F1 {f1:.3f} at threshold {config['threshold']:.3f}; wrote {out / 'model.pt'}"
     )
     return 0
-
-
-def balanced_order(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Indices of one epoch: as many as there are patches, half of each label, every patch as evenly as can be."""
-    halves = []
-    for label in LABELS:
-        members = torch.nonzero(labels == label).flatten()
-        wanted = len(labels) // 2
-        rounds = [members[torch.randperm(len(members), generator=generator)] for _ in range(-(-wanted // len(members)))]
-        halves.append(torch.cat(rounds)[:wanted])
-    both = torch.cat(halves)
-    return both[torch.randperm(len(both), generator=generator)]
-
-
-def cosine(progress: float) -> float:
-    """Falls from 1 to 0 as progress goes from 0 to 1."""
-    return 0.5 * (1 + float(torch.cos(torch.tensor(progress * torch.pi))))
-
-
-def best_f1(labels, scores) -> float:
-    """F1 at the best threshold for these patches."""
-    precision, recall, _ = precision_recall_curve(labels, scores)
-    return float((2 * precision * recall / (precision + recall).clip(min=1e-12)).max())
-
-
-def threshold_on_val(network, config, data_root, fields, annotations, args) -> tuple[float, pd.DataFrame]:
-    """Scan the val fields as predict.py would; the threshold with the best F1, and the whole curve."""
-    found = []
-    mitoses = annotations[annotations["label"] == 1]
-    for field in tqdm(list(fields[fields["split"] == "val"].itertuples()), "val fields", leave=False):
-        detections = scan_field(
-            network,
-            config,
-            read_field(data_root / field.path),
-            field.um_per_px,
-            batch_size=2 * args.batch_size,
-            per_mm2=args.per_mm2,
-            merge_um=args.match_um,
-            views=args.views,
-            smallest=0.01,
-        )
-        truth_px = mitoses.loc[mitoses["image"] == field.image, ["x_px", "y_px"]].to_numpy()
-        found_px = detections[["x_px", "y_px"]].to_numpy()
-        found.append((truth_px * field.um_per_px, found_px * field.um_per_px, detections["probability"].to_numpy()))
-    return choose_threshold(found, args.match_um)
 
 
 if __name__ == "__main__":

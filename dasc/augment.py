@@ -28,13 +28,28 @@ def affine(patches: Tensor, generator: torch.Generator, degrees: float, scale: f
     Args:
         degrees: largest angle either way. scale: largest relative change of size. shift: in parts of the side.
     """
+    return warp(patches, affine_matrices(patches, generator, degrees, scale, shift))
+
+
+def affine_matrices(patches: Tensor, generator: torch.Generator, degrees: float, scale: float, shift: float) -> Tensor:
+    """A random matrix per patch, (B, 2, 3): from a place in the view to its place in the patch, both in -1..1."""
     angle, size, x, y, mirror = _uniform(patches, generator, 5)
     angle, size, mirror = angle * math.radians(degrees), 1 + size * scale, mirror.sign()
     cos, sin = angle.cos() * size, angle.sin() * size
-    rows = torch.stack([cos * mirror, -sin, 2 * shift * x, sin * mirror, cos, 2 * shift * y], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(rows, list(patches.shape), align_corners=False)
+    return torch.stack([cos * mirror, -sin, 2 * shift * x, sin * mirror, cos, 2 * shift * y], dim=1).view(-1, 2, 3)
+
+
+def warp(patches: Tensor, matrices: Tensor) -> Tensor:
+    """The views (B, 3, S, S) of patches that `affine_matrices` describe."""
+    grid = F.affine_grid(matrices, list(patches.shape), align_corners=False)
     views = F.grid_sample(patches, grid, padding_mode="reflection", align_corners=False)
     return views.to(memory_format=torch.channels_last)  # grid_sample loses it, and convolutions are slow without
+
+
+def warp_points(points_px: Tensor, matrices: Tensor, side: int) -> Tensor:
+    """Where points (B, 2; x and y in px) of patches lie in the views that `warp` makes; NaN stays NaN."""
+    places = (points_px + 0.5) * (2 / side) - 1 - matrices[:, :, 2]
+    return (torch.linalg.solve(matrices[:, :, :2], places) + 1) * (side / 2) - 0.5
 
 
 def jitter_stain(patches: Tensor, generator: torch.Generator, strength: float, offset: float) -> Tensor:
@@ -82,11 +97,24 @@ def training_view(patches: Tensor, generator: torch.Generator, stain: float, lig
     Args:
         stain, light, focus: strengths of `jitter_stain`, `jitter_light` and `jitter_focus`; 0 leaves that one out.
     """
-    views = affine(to_float(patches), generator, degrees=180, scale=0.15, shift=0.05)
+    return _training_view(patches, generator, stain, light, focus)[0]
+
+
+def located_view(
+    patches: Tensor, points_px: Tensor, generator: torch.Generator, stain: float, light: float, focus: float
+) -> tuple[Tensor, Tensor]:
+    """As `training_view`, and where points (B, 2; x and y in px, NaN for none) of the patches lie in the views."""
+    views, matrices = _training_view(patches, generator, stain, light, focus)
+    return views, warp_points(points_px, matrices, patches.shape[-1])
+
+
+def _training_view(patches, generator, stain, light, focus) -> tuple[Tensor, Tensor]:
+    matrices = affine_matrices(patches, generator, degrees=180, scale=0.15, shift=0.05)
+    views = warp(to_float(patches), matrices)
     if stain:
         views = jitter_stain(views, generator, stain, stain / 4)
     if light:
         views = jitter_light(views, generator, light, light)
     if focus:
         views = jitter_focus(views, generator, focus, focus / 2)
-    return views
+    return views, matrices

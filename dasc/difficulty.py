@@ -38,6 +38,8 @@ HARD_COLUMNS = {
 }
 # One row per hard patch. seen: epochs in which its level was predicted; correct: in which it was predicted right.
 CHECKED_COLUMNS = {"patch": str, "label": int, "level": int, "seen": int, "correct": int, "kept": int}
+# One row per training patch that stays. level: of a hard patch, or one above the hardest where it is clean.
+SCL_COLUMNS = {"patch": str, "label": int, "level": int}
 
 
 def forget_rate(memory: pd.DataFrame) -> np.ndarray:
@@ -174,6 +176,17 @@ def read_checked(path: Path) -> pd.DataFrame:
     if wrong.any():
         row = int(np.argmax(wrong))
         raise InputError(f"{path}, row {row + 2}: correct {table['correct'][row]} of {table['seen'][row]} seen")
+    return table
+
+
+def read_scl(path: Path, levels: int) -> pd.DataFrame:
+    """Read SCL.csv; InputError as `read_samples`, and where a level is none that stage 7 gives."""
+    table = read_samples(path, SCL_COLUMNS, "python clus_scl.py")
+    strange = table["level"][~table["level"].isin(range(levels + 1))]
+    if len(strange):
+        raise InputError(
+            f"{path}: level {strange.iloc[0]}, expected 0 to {levels}; LEVELS must be the same in stages 5 to 8"
+        )
     return table
 
 

@@ -2,7 +2,19 @@
 
 import torch
 
-from dasc.augment import affine, dihedral, jitter_focus, jitter_light, jitter_stain, to_float, training_view
+from dasc.augment import (
+    affine,
+    affine_matrices,
+    dihedral,
+    jitter_focus,
+    jitter_light,
+    jitter_stain,
+    located_view,
+    to_float,
+    training_view,
+    warp,
+    warp_points,
+)
 
 
 def patches(number: int = 6, side: int = 32) -> torch.Tensor:
@@ -66,3 +78,25 @@ def test_more_stain_is_darker():
     views = jitter_stain(source, generator(), 0.5, 0.0)
     density, changed = (-(image.clamp(min=1 / 255)).log().mean(dim=(1, 2, 3)) for image in (source, views))
     assert (changed / density).std() > 0.05 and 0.4 < (changed / density).min() < (changed / density).max() < 1.6
+
+
+def test_points_move_with_their_patch():
+    """A bright dot drawn at the point is found again where the moved point lies."""
+    source, points = torch.zeros(16, 3, 64, 64), 20 + 24 * torch.rand(16, 2, generator=generator())
+    points = points.round()
+    for patch, (x, y) in zip(source, points.long(), strict=True):
+        patch[:, y - 1 : y + 2, x - 1 : x + 2] = 1
+    matrices = affine_matrices(source, generator(), 180, 0.15, 0.05)
+    views, moved = warp(source, matrices)[:, 0], warp_points(points, matrices, 64)
+    place = torch.arange(64.0)
+    mass = views.sum(dim=(1, 2))
+    found = torch.stack([(views.sum(dim=1) @ place) / mass, (views.sum(dim=2) @ place) / mass], dim=1)
+    assert (moved - points).abs().max() > 5 and (found - moved).abs().max() < 0.2
+
+
+def test_located_view_is_the_training_view_and_keeps_unknown_points_unknown():
+    source, points = patches(), torch.full((6, 2), 16.0)
+    points[2] = torch.nan
+    views, moved = located_view(source, points, generator(), 0.2, 0.2, 0.8)
+    assert torch.equal(views, training_view(source, generator(), 0.2, 0.2, 0.8))
+    assert moved.isnan().all(dim=1).tolist() == [row == 2 for row in range(6)]

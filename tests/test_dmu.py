@@ -82,7 +82,7 @@ def test_resume_refuses_another_manifest_and_other_settings(small_run, finished,
     again = [*LIGHT, *SHORT, "--manifest", path, "--out", tmp_path / "DMU", "--resume"]
     before = (tmp_path / "DMU/memory.csv").read_bytes()
     fails("DMU/main.py", *again, says="another manifest")
-    fails("DMU/main.py", *flags(small_run, tmp_path / "DMU", "--resume", "--bias_correction", "True"), says="--bias_c")
+    fails("DMU/main.py", *flags(small_run, tmp_path / "DMU", "--resume", "--bias_correction", "False"), says="--bias_c")
     fails("DMU/main.py", *flags(small_run, tmp_path / "empty", "--resume"), says="last.pt")
     assert (tmp_path / "DMU/memory.csv").read_bytes() == before
 
@@ -93,6 +93,7 @@ def test_resume_refuses_another_manifest_and_other_settings(small_run, finished,
         (["--epochs", 1, "--count_after", 0], "raise EPOCHS"),
         (["--count_after", 3], "--count_after 3"),
         (["--score_after", 3], "lower SCORE_AFTER"),
+        (["--loss_q", 1.5], "--loss_q 1.5"),
     ],
 )
 def test_too_few_epochs_name_the_constant(small_run, tmp_path, more, says):

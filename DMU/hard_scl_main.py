@@ -1,0 +1,350 @@
+"""Stage 8 of 9: train the detector by difficulty-graded supervised contrastive learning on subclasses.
+
+Reads SCL.csv of stage 7, the patches it names, the val patches, and the dataset's val fields for the threshold.
+Writes OUT/model.pt (best epoch on val), subclasses.csv (subclass of every training patch), log.csv, curves.png,
+val_curve.csv, subclasses.png (patches of each subclass), embedding.png, run.json and, to resume from, last.pt.
+"""
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
+from tqdm import tqdm
+
+from dasc.augment import located_view, to_float
+from dasc.clusters import concentration, subclasses
+from dasc.detect import score_patches
+from dasc.difficulty import join_by_patch, read_scl
+from dasc.figures import contact_sheet, curves, precision_recall
+from dasc.losses import (
+    graded_cross_entropy,
+    localisation,
+    subclass_contrastive,
+    subclass_temperatures,
+    supervised_contrastive,
+)
+from dasc.manifest import LABELS, read_cut_fields, read_cut_run, read_patches, sha256
+from dasc.network import CLASSES, SearchNetwork, check_same_run, load_backbone_weights, read_checkpoint, update_average
+from dasc.patches import load_patches
+from dasc.run import (
+    InputError,
+    pick_device,
+    record_run,
+    replacing,
+    run_script,
+    save_checkpoint,
+    true_or_false,
+    write_csv,
+)
+from dasc.training import balanced_order, best_f1, check_val_fields, cosine, threshold_on_val
+
+# Edit here, or override one run with the flag of the same name.
+MANIFEST = "data/patches_ns/patches.csv"  # all patches; those of val choose the best epoch
+SCL = "results/DMU_hard/SCL.csv"  # the training patches that stay, with their levels (stage 7)
+OUT = "results/DMU_scl"  # folder to write
+DATA_ROOT = ""  # dataset folder with the val fields; empty: where it lay at stage 1
+BACKBONE = "resnet18"  # any timm model that gives feature maps
+STRIDE = 16  # px of the patch per cell of the CAM; 16 is the third block of ResNet18
+PRETRAINED = True  # start from timm's ImageNet weights (needs the model hub)
+INIT_WEIGHTS = ""  # start from this timm state dict on disk instead
+EPOCHS = 99  # passes over as many label-balanced patches as SCL.csv holds
+WARMUP = 10  # epochs whose contrastive loss compares labels; then it compares subclasses
+CLUSTER_EVERY = 10  # epochs after which the subclasses are found anew
+SUBCLASSES = 4  # clusters per label; fewer where a label has fewer patches
+BATCH_SIZE = 128  # patches per step
+LR = 1e-4  # learning rate of Adam at the start; it falls to 0 along a cosine
+CONTRASTIVE_WEIGHT = 0.1  # of the contrastive loss beside the classification loss
+LOCALISATION_WEIGHT = 0.1  # of the distance in px between the activation's centre and the annotated point
+TEMPERATURE = 0.1  # of the contrastive losses; lower looks at the nearest patches only
+GAMMA = 0.25  # weight of the rest of the label beside the own subclass
+LEVELS = 3  # levels of difficulty, as in clus_hard.py; clean patches have the next one
+LEVEL_TEMPERATURE = 0.5  # the hardest level's temperature is higher by this share, that of easier levels by less
+LEVEL_WEIGHT = 0.5  # the hardest level's anchors weigh less by this share, those of easier levels by less
+SMOOTHING = 0.1  # label smoothing of hard patches below the hardest level
+GCE_Q = 0.7  # exponent of the hardest level's generalised cross entropy: towards 0 cross entropy, 1: mean error
+AVERAGE = 0.98  # the kept weights are a running average over about 1 / (1 - AVERAGE) steps; 0: those of the last step
+STAIN = 0.2  # stain augmentation: relative change of each stain's amount; 0 turns it off
+LIGHT = 0.2  # relative change of brightness and contrast
+FOCUS = 0.8  # largest share of fine detail blurred away, and half of it sharpened
+NAN_STEPS = 10  # steps in a row without a finite loss before training stops
+MATCH_UM = 7.5  # a detection this near to a mitosis is right; also the distance within which detections merge
+PER_MM2 = 1800.0  # candidates per mm2 looked at in the val fields, as in predict.py
+VIEWS = 8  # right-angle views averaged for every likely candidate, as in predict.py
+PER_GROUP = 24  # patches shown per subclass
+DEVICE = "auto"  # auto, cpu, cuda or mps
+SEED = 0
+WORKERS = 2  # threads that read patches into memory
+RESUME = False  # True: go on from OUT/last.pt
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags: the constants above in lower case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--manifest", default=MANIFEST, help="patches.csv with the patches of SCL.csv and of val")
+    parser.add_argument("--scl", default=SCL, help="SCL.csv of stage 7")
+    parser.add_argument("--out", default=OUT, help="folder to write")
+    parser.add_argument("--data_root", default=DATA_ROOT, help="dataset folder (default: where it lay at stage 1)")
+    parser.add_argument("--backbone", default=BACKBONE, help="timm model")
+    parser.add_argument("--stride", type=int, default=STRIDE, help="px per cell of the CAM")
+    parser.add_argument("--pretrained", type=true_or_false, default=PRETRAINED, help="timm's ImageNet weights")
+    parser.add_argument("--init_weights", default=INIT_WEIGHTS, help="timm state dict on disk to start from")
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--warmup", type=int, default=WARMUP, help="epochs that contrast labels, not subclasses")
+    parser.add_argument("--cluster_every", type=int, default=CLUSTER_EVERY, help="epochs between clusterings")
+    parser.add_argument("--subclasses", type=int, default=SUBCLASSES, help="clusters per label")
+    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="patches per step")
+    parser.add_argument("--lr", type=float, default=LR, help="learning rate at the start")
+    parser.add_argument("--contrastive_weight", type=float, default=CONTRASTIVE_WEIGHT, help="of the contrastive loss")
+    parser.add_argument("--localisation_weight", type=float, default=LOCALISATION_WEIGHT, help="of the localisation")
+    parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="of the contrastive losses")
+    parser.add_argument("--gamma", type=float, default=GAMMA, help="weight of the rest of the label")
+    parser.add_argument("--levels", type=int, default=LEVELS, help="levels of difficulty, as in clus_hard.py")
+    parser.add_argument("--level_temperature", type=float, default=LEVEL_TEMPERATURE, help="added for harder levels")
+    parser.add_argument("--level_weight", type=float, default=LEVEL_WEIGHT, help="taken from harder levels' anchors")
+    parser.add_argument("--smoothing", type=float, default=SMOOTHING, help="label smoothing of hard patches")
+    parser.add_argument("--gce_q", type=float, default=GCE_Q, help="exponent of the hardest level's loss, above 0")
+    parser.add_argument("--average", type=float, default=AVERAGE, help="decay of the running average of the weights")
+    parser.add_argument("--stain", type=float, default=STAIN, help="strength of stain augmentation")
+    parser.add_argument("--light", type=float, default=LIGHT, help="strength of brightness and contrast changes")
+    parser.add_argument("--focus", type=float, default=FOCUS, help="strength of blurring and sharpening")
+    parser.add_argument("--nan_steps", type=int, default=NAN_STEPS, help="steps without a finite loss before it stops")
+    parser.add_argument("--match_um", type=float, default=MATCH_UM, help="a detection this near is right")
+    parser.add_argument("--per_mm2", type=float, default=PER_MM2, help="candidates per mm2 in the val fields")
+    parser.add_argument("--views", type=int, default=VIEWS, choices=(1, 2, 4, 8), help="views averaged per candidate")
+    parser.add_argument("--per_group", type=int, default=PER_GROUP, help="patches shown per subclass")
+    parser.add_argument("--device", default=DEVICE, help="auto, cpu, cuda or mps")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--workers", type=int, default=WORKERS, help="threads that read patches")
+    parser.add_argument("--resume", type=true_or_false, nargs="?", const=True, default=RESUME)
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    for name in ("epochs", "cluster_every", "subclasses", "levels"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)}: expected 1 or more")
+    for name in ("temperature", "gce_q"):
+        if getattr(args, name) <= 0:
+            raise InputError(f"--{name} {getattr(args, name)}: expected more than 0")
+    device = pick_device(args.device)
+    manifest, scl_path, out = Path(args.manifest), Path(args.scl), Path(args.out)
+    table = read_patches(manifest)
+    val = table[table["split"] == "val"]
+    train = training_patches(table[table["split"] == "train"], manifest, scl_path, args)
+    for label, word in LABELS.items():
+        if not (val["label"] == label).any():
+            raise InputError(f"{manifest}: split val has no {word} patch ({len(val)} in all); see --val of stage 1")
+    cut = read_cut_run(manifest.parent)["arguments"]
+    data_root, fields, annotations = read_cut_fields(manifest.parent, args.data_root)
+    check_val_fields(data_root, fields)
+    train_patches, val_patches = (
+        load_patches([manifest.parent / patch for patch in part["patch"]], args.workers) for part in (train, val)
+    )
+    patch_size = train_patches.shape[-1]
+    labels, levels = (torch.tensor(train[name].to_numpy()) for name in ("label", "level"))
+    points_px = torch.tensor(train[["point_x_px", "point_y_px"]].to_numpy(np.float32))
+    check_points(train, points_px, patch_size, manifest)
+    # 0 for clean patches, rising to 1 for the hardest level
+    difficulty = torch.where(levels == args.levels, 0.0, (levels + 1) / args.levels)
+
+    torch.manual_seed(args.seed)
+    network = SearchNetwork(args.backbone, args.stride, args.pretrained and not args.init_weights and not args.resume)
+    if args.init_weights:
+        load_backbone_weights(network, Path(args.init_weights))
+    network.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
+    config = {
+        "backbone": args.backbone,
+        "stride": args.stride,
+        "patch_size": patch_size,
+        "um_per_px": cut["patch_um_per_px"],
+        "normalise_stain": cut["normalise_stain"],
+        "classes": list(CLASSES),
+        "threshold": 0.5,
+        "manifest_sha256": sha256(manifest),
+        "scl_sha256": sha256(scl_path),
+    }
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "workers", "resume")}
+    average = copy.deepcopy(network).eval()
+    log, best, groups, spreads = [], None, torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.double)
+    if args.resume:
+        checkpoint = read_checkpoint(out / "last.pt")
+        check_same_run(out / "last.pt", checkpoint, settings, config)
+        network.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        average.load_state_dict(checkpoint["average"])
+        log, best, groups, spreads = (checkpoint[name] for name in ("log", "best", "groups", "spreads"))
+
+    steps = -(-len(train) // args.batch_size)
+    nan_steps = 0
+    for epoch in range(len(log), args.epochs):
+        generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)  # an epoch draws the same when resumed
+        torch.manual_seed(args.seed * 100_003 + epoch)
+        if epoch >= args.warmup and (epoch - args.warmup) % args.cluster_every == 0:
+            features = embed(average, train_patches, 2 * args.batch_size).numpy()
+            groups = torch.from_numpy(subclasses(features, labels.numpy(), args.subclasses, args.seed))
+            spreads = subclass_temperatures(torch.from_numpy(concentration(features, groups.numpy())), args.temperature)
+        network.train()
+        totals = dict.fromkeys(("loss", "classification", "contrastive", "localisation"), 0.0)
+        batches = tqdm(balanced_order(labels, generator).split(args.batch_size), f"epoch {epoch}", leave=False)
+        for step, batch in enumerate(batches):
+            optimizer.param_groups[0]["lr"] = args.lr * cosine((epoch + step / steps) / args.epochs)
+            there, points = train_patches[batch].to(device), points_px[batch].to(device)
+            views, points = located_view(there, points, generator, args.stain, args.light, args.focus)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                maps = network.features(views)
+                cam = network.cam(maps)
+            cam, embedding = cam.float(), F.normalize(maps.float().mean(dim=(2, 3)), dim=1)
+            batch_labels, batch_levels, hardness = (x[batch].to(device) for x in (labels, levels, difficulty))
+            classification = graded_cross_entropy(
+                cam.amax(dim=(2, 3)),
+                batch_labels,
+                batch_levels,
+                args.levels - 1,
+                args.levels,
+                args.smoothing,
+                args.gce_q,
+            )
+            if epoch < args.warmup:
+                contrastive = supervised_contrastive(embedding, batch_labels, args.temperature)
+            else:
+                softer = 1 + args.level_temperature * hardness
+                contrastive = subclass_contrastive(
+                    embedding,
+                    batch_labels,
+                    groups[batch].to(device),
+                    args.temperature * softer,
+                    spreads[groups[batch]].float().to(device) * softer,
+                    1 - args.level_weight * hardness,
+                    args.gamma,
+                )
+            place = localisation(cam[:, 1], points, patch_size)
+            loss = classification + args.contrastive_weight * contrastive + args.localisation_weight * place
+            nan_steps = 0 if torch.isfinite(loss) else nan_steps + 1
+            if nan_steps == args.nan_steps:
+                raise InputError(f"the loss was not finite in {nan_steps} steps in a row (epoch {epoch}); lower --lr")
+            if nan_steps:
+                continue
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            done = epoch * steps + step  # the average forgets the first steps sooner than the later ones
+            update_average(average, network, min(args.average, (1 + done) / (10 + done)))
+            for name, part in zip(totals, (loss, classification, contrastive, place), strict=True):
+                totals[name] += part.item() * len(batch) / len(train)
+            batches.set_postfix(loss=f"{loss.item():.3f}", val_f1=f"{log[-1]['val_f1']:.3f}" if log else "-")
+
+        scores = score_patches(average, val_patches, 2 * args.batch_size)
+        val_f1 = best_f1(val["label"].to_numpy(), scores.numpy())
+        log.append({"epoch": epoch, **totals, "val_f1": val_f1})
+        if best is None or val_f1 > max(row["val_f1"] for row in log[:-1]):
+            best = {name: tensor.clone() for name, tensor in average.state_dict().items()}
+        state = {"model": network.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"log": log, "best": best, "groups": groups, "spreads": spreads}
+        save_checkpoint(out / "last.pt", {**state, "config": config, "settings": settings})
+        write_csv(out / "log.csv", pd.DataFrame(log).round(6))
+
+    average.load_state_dict(best)
+    config["threshold"], curve = threshold_on_val(
+        average,
+        config,
+        data_root,
+        fields,
+        annotations,
+        batch_size=2 * args.batch_size,
+        per_mm2=args.per_mm2,
+        match_um=args.match_um,
+        views=args.views,
+    )
+    features = embed(average, train_patches, 2 * args.batch_size).numpy()
+    train["subclass"] = subclasses(features, labels.numpy(), args.subclasses, args.seed)
+    save_checkpoint(out / "model.pt", {"model": best, "config": config})
+    write_csv(out / "subclasses.csv", train[["patch", "label", "level", "subclass"]])
+    write_csv(out / "val_curve.csv", curve.round(6))
+    panels = {name: [name] for name in totals} | {"F1 of the val patches": ["val_f1"]}
+    curves(out / "curves.png", pd.DataFrame(log), panels)
+    precision_recall(out / "val_curve.png", curve, config["threshold"])
+    draw_subclasses(out / "subclasses.png", train, train_patches, args)
+    draw_embedding(out / "embedding.png", train, features, args.levels)
+    epoch = max(range(len(log)), key=lambda index: log[index]["val_f1"])
+    record_run(out, args, patches=len(train), best_epoch=epoch, threshold=config["threshold"])
+    f1 = curve["f1"].max() if len(curve) else 0.0
+    print(
+        f"best epoch {epoch}; val fields: F1 {f1:.3f} at threshold {config['threshold']:.3f}; wrote {out / 'model.pt'}"
+    )
+    return 0
+
+
+def training_patches(train: pd.DataFrame, manifest: Path, scl_path: Path, args: argparse.Namespace) -> pd.DataFrame:
+    """The rows of the manifest that SCL.csv keeps, in its order, with their level."""
+    scl = read_scl(scl_path, args.levels)
+    kept = join_by_patch(scl, train[train["patch"].isin(scl["patch"])], scl_path, manifest)
+    for label, word in LABELS.items():
+        if not (kept["label"] == label).any():
+            raise InputError(f"{scl_path}: no {word} patch among {len(kept)}; clus_scl.py prints where they went")
+    return kept
+
+
+def check_points(train: pd.DataFrame, points_px: torch.Tensor, patch_size: int, manifest: Path) -> None:
+    """Raise InputError where a mitosis has no annotated point, or one outside its patch."""
+    inside = ((points_px >= -0.5) & (points_px < patch_size - 0.5)).all(dim=1).numpy()
+    wrong = train[(train["label"] == 1).to_numpy() & ~inside]
+    if len(wrong):
+        row = wrong.iloc[0]
+        raise InputError(
+            f"{manifest}: {len(wrong)} mitosis patches whose annotated point is missing or outside the patch of "
+            f"{patch_size} px (first: {row['patch']} with {row['point_x_px']:g}, {row['point_y_px']:g}); cut them again"
+        )
+
+
+@torch.inference_mode()
+def embed(network: SearchNetwork, patches: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Pooled features (N, D) of patches (N, 3, S, S) uint8, as they are: by a network in evaluation mode."""
+    device = next(network.parameters()).device
+    parts = []
+    for batch in patches.split(batch_size):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            maps = network.features(to_float(batch.to(device)))
+        parts.append(maps.float().mean(dim=(2, 3)).cpu())
+    return torch.cat(parts)
+
+
+def draw_subclasses(path: Path, train: pd.DataFrame, patches: torch.Tensor, args: argparse.Namespace) -> None:
+    """Contact sheet: patches of every subclass, drawn at random."""
+    rng, sheet = np.random.default_rng(args.seed), []
+    for (label, subclass), rows in train.reset_index(drop=True).groupby(["label", "subclass"]):
+        shown = rng.permutation(rows.index.to_numpy())[: args.per_group]
+        captions = ["clean" if level == args.levels else f"level {level}" for level in train["level"].iloc[shown]]
+        title = f"{LABELS[label]}: subclass {subclass}, {len(rows)} patches, shown here"
+        sheet.append((title, patches[shown].permute(0, 2, 3, 1).numpy(), captions))
+    contact_sheet(path, sheet, per_group=args.per_group)
+
+
+def draw_embedding(path: Path, train: pd.DataFrame, features: np.ndarray, levels: int) -> None:
+    """First two principal components of the L2-normalised features, coloured by subclass and by level."""
+    directions = features / np.linalg.norm(features, axis=1, keepdims=True).clip(min=1e-12)
+    places = PCA(2, random_state=0).fit_transform(directions)
+    level = train["level"].map(lambda level: "clean" if level == levels else f"level {level}")
+    subclass = train["label"].map(LABELS) + " " + train["subclass"].astype(str)
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    for axis, (title, names) in zip(figure.subplots(1, 2), {"subclass": subclass, "level": level}.items(), strict=True):
+        for name in sorted(names.unique()):
+            mine = (names == name).to_numpy()
+            axis.scatter(*places[mine].T, s=8, alpha=0.6, linewidths=0, label=f"{name} ({mine.sum()})")
+        axis.set(title=f"by {title}", xlabel="first component", ylabel="second component")
+        axis.legend(markerscale=2)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+if __name__ == "__main__":
+    run_script(main, build_parser().parse_args())

@@ -1,0 +1,84 @@
+"""What the training loops share: the order of an epoch, the learning rate, and how a network does on val."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.metrics import precision_recall_curve
+from torch import Tensor
+from tqdm import tqdm
+
+from dasc.detect import scan_field
+from dasc.fields import read_field
+from dasc.manifest import LABELS
+from dasc.metrics import choose_threshold
+from dasc.network import SearchNetwork
+from dasc.run import InputError
+
+
+def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Indices of one epoch: as many as there are patches, half of each label, every patch as evenly as can be."""
+    halves = []
+    for label in LABELS:
+        members = torch.nonzero(labels == label).flatten()
+        wanted = len(labels) // 2
+        rounds = [members[torch.randperm(len(members), generator=generator)] for _ in range(-(-wanted // len(members)))]
+        halves.append(torch.cat(rounds)[:wanted])
+    both = torch.cat(halves)
+    return both[torch.randperm(len(both), generator=generator)]
+
+
+def cosine(progress: float) -> float:
+    """Falls from 1 to 0 as progress goes from 0 to 1."""
+    return 0.5 * (1 + float(torch.cos(torch.tensor(progress * torch.pi))))
+
+
+def best_f1(labels: np.ndarray, scores: np.ndarray) -> float:
+    """F1 at the best threshold for these patches: labels (N,) 0 or 1, scores (N,)."""
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    return float((2 * precision * recall / (precision + recall).clip(min=1e-12)).max())
+
+
+def check_val_fields(data_root: Path, fields: pd.DataFrame) -> None:
+    """Raise InputError where an image of a val field is gone, before hours of training rather than after."""
+    for path in fields.loc[fields["split"] == "val", "path"]:
+        if not (data_root / path).is_file():
+            raise InputError(f"{data_root / path}: this val field is gone; --data_root names the dataset's folder")
+
+
+def threshold_on_val(
+    network: SearchNetwork,
+    config: dict,
+    data_root: Path,
+    fields: pd.DataFrame,
+    annotations: pd.DataFrame,
+    *,
+    batch_size: int,
+    per_mm2: float,
+    match_um: float,
+    views: int,
+) -> tuple[float, pd.DataFrame]:
+    """Scan the val fields as predict.py would; the threshold with the best F1, and the whole curve.
+
+    Args:
+        fields, annotations: of all splits, as stage 1 wrote them. The rest: as `detect.scan_field`.
+    """
+    found = []
+    mitoses = annotations[annotations["label"] == 1]
+    for field in tqdm(list(fields[fields["split"] == "val"].itertuples()), "val fields", leave=False):
+        detections = scan_field(
+            network,
+            config,
+            read_field(data_root / field.path),
+            field.um_per_px,
+            batch_size=batch_size,
+            per_mm2=per_mm2,
+            merge_um=match_um,
+            views=views,
+            smallest=0.01,
+        )
+        truth_px = mitoses.loc[mitoses["image"] == field.image, ["x_px", "y_px"]].to_numpy()
+        found_px = detections[["x_px", "y_px"]].to_numpy()
+        found.append((truth_px * field.um_per_px, found_px * field.um_per_px, detections["probability"].to_numpy()))
+    return choose_threshold(found, match_um)

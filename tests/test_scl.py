@@ -1,0 +1,132 @@
+"""Stage 8: it trains, its subclasses belong to the patches, it resumes to the same, and refuses what is wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from pipeline import LIGHT, ROOT, fails, succeed
+
+from dasc.network import load_network, read_checkpoint
+
+SHORT = ["--epochs", 4, "--warmup", 1, "--cluster_every", 2, "--subclasses", 2, "--views", 1]
+
+
+@pytest.fixture(scope="module")
+def scl(small_run, tmp_path_factory):
+    """SCL.csv of all training patches but every seventh, shuffled, levels dealt out."""
+    patches = pd.read_csv(small_run / "patches/patches.csv")
+    train = patches.loc[patches["split"] == "train", ["patch", "label"]]
+    kept = train[[index % 7 > 0 for index in range(len(train))]].sample(frac=1, random_state=0)
+    path = tmp_path_factory.mktemp("scl") / "SCL.csv"
+    kept.assign(level=[3 if index % 3 else index % 4 % 3 for index in range(len(kept))]).to_csv(path, index=False)
+    return path
+
+
+def flags(small_run, scl, out, *more):
+    return [*LIGHT, *SHORT, "--manifest", small_run / "patches/patches.csv", "--scl", scl, "--out", out, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(small_run, scl, tmp_path_factory):
+    out = tmp_path_factory.mktemp("stage8") / "DMU_scl"
+    succeed("DMU/hard_scl_main.py", *flags(small_run, scl, out))
+    return out
+
+
+def test_outputs(small_run, scl, finished):
+    log = pd.read_csv(finished / "log.csv")
+    assert list(log["epoch"]) == [0, 1, 2, 3] and log["loss"].iloc[-1] < log["loss"].iloc[0]
+    assert (log[["contrastive", "localisation"]] > 0).all().all()
+    kept, found = pd.read_csv(scl), pd.read_csv(finished / "subclasses.csv")
+    pd.testing.assert_frame_equal(found[["patch", "label", "level"]], kept.reset_index(drop=True))
+    assert set(found.groupby("subclass")["label"].nunique()) == {1} and found["subclass"].nunique() == 4
+    for name in ("curves.png", "subclasses.png", "embedding.png", "val_curve.png"):
+        assert (finished / name).stat().st_size > 1000
+    assert json.loads((finished / "run.json").read_text())["patches"] == len(kept)
+    network, config = load_network(finished / "model.pt", torch.device("cpu"))
+    assert network(torch.rand(2, 3, 64, 64)).shape == (2, 2) and config["patch_size"] == 64
+
+
+def test_predict_runs_with_its_model(small_run, finished, tmp_path):
+    judge = ["--dataset", "sample", "--data_root", small_run / "sample", "--device", "cpu", "--views", 1]
+    succeed("predict.py", *judge, "--model_path", finished / "model.pt", "--out", tmp_path / "predict")
+    assert json.loads((tmp_path / "predict/metrics.json").read_text())["mitoses"] > 0
+
+
+def test_killed_and_resumed_is_the_same(small_run, scl, finished, tmp_path):
+    """Killed before the second clustering: the weights bit for bit, the tables byte for byte."""
+    command = [sys.executable, ROOT / "DMU/hard_scl_main.py", *flags(small_run, scl, tmp_path / "out")]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "out/log.csv").is_file():
+        pass
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out/model.pt").exists()
+    succeed("DMU/hard_scl_main.py", *flags(small_run, scl, tmp_path / "out", "--resume"))
+    for name in ("log.csv", "subclasses.csv", "val_curve.csv"):
+        assert (tmp_path / "out" / name).read_bytes() == (finished / name).read_bytes()
+    resumed, whole = (read_checkpoint(folder / "model.pt") for folder in (tmp_path / "out", finished))
+    assert resumed["config"] == whole["config"]
+    assert all(torch.equal(tensor, whole["model"][name]) for name, tensor in resumed["model"].items())
+
+
+def change(scl, tmp_path, edit):
+    path = tmp_path / "SCL.csv"
+    edit(pd.read_csv(scl)).to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda t: t[t["label"] == 0], "no mitosis patch"),
+        (lambda t: t.assign(level=t["level"].replace(3, 4)), "LEVELS must be the same"),
+        (lambda t: pd.concat([t, t.head(1)]), "stands in it twice"),
+        (lambda t: pd.concat([t, t.head(1).assign(patch="train/mitosis/none.png")]), "lacks 1 of"),
+        (lambda t: t.assign(label=1 - t["label"]), "has label"),
+        (lambda t: t.drop(columns="level"), "column level is missing"),
+    ],
+)
+def test_wrong_scl_is_one_line(small_run, scl, tmp_path, edit, says):
+    path = change(scl, tmp_path, edit)
+    fails("DMU/hard_scl_main.py", *flags(small_run, path, tmp_path / "out"), says=says)
+    assert not (tmp_path / "out").exists()
+
+
+def test_levels_that_no_patch_has_are_no_error(small_run, scl, tmp_path):
+    path = change(scl, tmp_path, lambda t: t.assign(level=3))
+    succeed("DMU/hard_scl_main.py", *flags(small_run, path, tmp_path / "out", "--epochs", 2))
+    assert (tmp_path / "out/model.pt").is_file()
+
+
+def test_point_outside_its_patch_and_a_patch_that_is_gone(small_run, scl, tmp_path):
+    shutil.copytree(small_run / "patches", tmp_path / "patches")
+    path = tmp_path / "patches/patches.csv"
+    table = pd.read_csv(path)
+    changed = table.copy()
+    changed.loc[changed["label"] == 1, "point_x_px"] = 70.0
+    changed.to_csv(path, index=False)
+    again = [*LIGHT, *SHORT, "--manifest", path, "--scl", scl, "--out", tmp_path / "out"]
+    fails("DMU/hard_scl_main.py", *again, says="outside the patch of 64 px")
+    table.to_csv(path, index=False)
+    (tmp_path / "patches" / pd.read_csv(scl)["patch"][0]).unlink()
+    fails("DMU/hard_scl_main.py", *again, says="patch cannot be read")
+    assert not (tmp_path / "out").exists()
+
+
+def test_loss_that_is_not_finite_stops_with_advice(small_run, scl, tmp_path):
+    fails(
+        "DMU/hard_scl_main.py",
+        *flags(small_run, scl, tmp_path / "out", "--lr", 1e30, "--nan_steps", 2),
+        says="lower --lr",
+    )
+    assert not (tmp_path / "out/model.pt").exists()
+
+
+@pytest.mark.parametrize("flag", [["--epochs", 0], ["--subclasses", 0], ["--temperature", 0], ["--gce_q", 0]])
+def test_settings_out_of_range(small_run, scl, tmp_path, flag):
+    fails("DMU/hard_scl_main.py", *flags(small_run, scl, tmp_path / "out", *flag), says=flag[0])
