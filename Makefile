@@ -22,8 +22,12 @@ demo: .venv/installed
 	$(RUN) pre/cut_patch_2.py --patch_size 64
 	$(RUN) NS/sigle.py $(LIGHT) --epochs 6
 	$(RUN) pre/cut_patch_2.py --patch_size 64 --fp_mdoel True
-	$(RUN) NS/sigle.py $(LIGHT) --epochs 8 --manifest data/patches_ns/patches.csv --out results/NS_searched
-	$(RUN) predict.py --model_path results/NS_searched/model.pt --dataset sample --data_root data/sample
+	$(RUN) DMU/main.py $(LIGHT) --batch_size 128 --epochs 8 --warmup 1 --count_after 2
+	$(RUN) clus_hard.py
+	$(RUN) DMU/hard_main.py $(LIGHT) --epochs 8 --seen_after 3
+	$(RUN) clus_scl.py
+	$(RUN) DMU/hard_scl_main.py $(LIGHT) --epochs 8 --warmup 2 --cluster_every 3
+	$(RUN) predict.py --dataset sample --data_root data/sample
 	@echo "Look at results/predict/*/overlay.png: green true, yellow false, blue missed (synthetic tissue)."
 
 test: .venv/installed-dev

@@ -26,7 +26,7 @@ def kind_of(patch):
 def counts(kind, number):
     """Of 20 epochs: clean, hard, noisy, learned, forgotten."""
     forgotten = {"clean": 0, "easy": 2, "middle": 8, "hardest": 15, "noisy": 18, "dropped": 20}[kind]
-    states = {"clean": (20, 0, 0), "noisy": (1, 4, 15), "dropped": (0, 20, 0)}.get(kind, (10, 9, 1))
+    states = {"clean": (20, 0, 0), "noisy": (1, 4, 15), "dropped": (0, 20, 0)}.get(kind, (8, 11, 1))
     forgotten += number % 2 * (kind in LEVEL)
     return *states, 20 - forgotten, forgotten
 

@@ -13,15 +13,16 @@ LIGHTER = {
     "clus_hard.py": [],
     "DMU/hard_main.py": [*LIGHT, "--epochs", 2, "--seen_after", 0],
     "clus_scl.py": [],
+    "DMU/hard_scl_main.py": [*LIGHT, "--epochs", 2, "--warmup", 1, "--subclasses", 2],
     "predict.py": ["--device", "cpu"],
 }
 
 
 def commands() -> list[str]:
-    """The nine commands of the table that are not to come, after stage 0, and the two lines that follow the table."""
+    """The nine commands of the table, after stage 0, and the two lines that follow the table."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = readme[readme.index("## The stages") : readme.index("ImageNet weights come")]
-    table = [row for row in section.splitlines() if row.startswith("| ") and "*to come*" not in row]
+    table = [row for row in section.splitlines() if row.startswith("| ")]
     staged = [found for row in table for found in re.findall(r"`python ([^`]+)`", row)]
     after = re.findall(r"^python (.+)$", section, flags=re.MULTILINE)
     return ["pre/make_sample.py", *staged, *after]
@@ -36,11 +37,12 @@ def test_readme_commands_run_in_order(tmp_path, monkeypatch):
         "NS/sigle.py",
         "pre/cut_patch_2.py --fp_mdoel True",
     ]
-    assert typed[4:8] == ["DMU/main.py", "clus_hard.py", "DMU/hard_main.py", "clus_scl.py"] and "predict.py" in typed
+    assert typed[4:8] == ["DMU/main.py", "clus_hard.py", "DMU/hard_main.py", "clus_scl.py"]
+    assert typed[8:10] == ["DMU/hard_scl_main.py", "predict.py"]
     for command in typed:
         script, *flags = shlex.split(command)
         succeed(script, *flags, *LIGHTER[script])
-    assert (tmp_path / "results/DMU_hard/SCL.csv").is_file()
+    assert (tmp_path / "results/DMU_scl/subclasses.csv").is_file()
     for made in ("data/patches/patches.csv", "data/patches_ns/patches.csv", "results/NS_searched/model.pt"):
         assert (tmp_path / made).is_file()
     assert (tmp_path / "results/predict/metrics.json").is_file()

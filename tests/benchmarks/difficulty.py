@@ -1,6 +1,6 @@
 """Do verdicts and levels mean difficulty? Runs stages 4 and 5 on real patches and asks those who did not train on them.
 
-Patches as label_noise.py, with their annotated labels. Prints and writes to OUT:
+Patches as label_noise.py, with their annotated labels. Prints and writes to OUT (and SEED/patches.csv, every patch):
 - error.csv: per label, verdict and level the error of an independent plain network trained on the other half of the
   slides, and how many of the patches are annotated look-alikes;
 - disputed.csv: how well noise_score, verdict with level, and the independent network's probability tell cells that the
@@ -46,7 +46,9 @@ def one_seed(args, folder: Path, confidences: pd.DataFrame, seed: int) -> pd.Dat
     for held_out in (0, 1):
         rows, others = np.flatnonzero(half != held_out), np.flatnonzero(half == held_out)
         probability[others] = train(args, patches, labels, rows, seed + 1000, others)[1]
-    return table.assign(independent=probability[np.arange(len(table)), labels.numpy()], seed=seed)
+    table = table.assign(independent=probability[np.arange(len(table)), labels.numpy()], seed=seed)
+    table.to_csv(out / "patches.csv", index=False)
+    return table
 
 
 def errors(table: pd.DataFrame) -> pd.DataFrame:
