@@ -85,6 +85,8 @@ SEED = 0
 WORKERS = 2  # threads that read patches into memory
 RESUME = False  # True: go on from OUT/last.pt
 
+LOSSES = ("loss", "classification", "contrastive", "localisation")  # columns of log.csv: their weighted sum, and each
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags: the constants above in lower case."""
@@ -153,6 +155,7 @@ def main(args: argparse.Namespace) -> int:
     labels, levels = (torch.tensor(train[name].to_numpy()) for name in ("label", "level"))
     points_px = torch.tensor(train[["point_x_px", "point_y_px"]].to_numpy(np.float32))
     check_points(train, points_px, patch_size, manifest)
+    points_px[labels == 0] = torch.nan  # look-alikes were annotated too, but only mitoses are to be located
     # 0 for clean patches, rising to 1 for the hardest level
     difficulty = torch.where(levels == args.levels, 0.0, (levels + 1) / args.levels)
 
@@ -179,6 +182,8 @@ def main(args: argparse.Namespace) -> int:
     if args.resume:
         checkpoint = read_checkpoint(out / "last.pt")
         check_same_run(out / "last.pt", checkpoint, settings, config)
+        if checkpoint["config"].get("scl_sha256") != config["scl_sha256"]:
+            raise InputError(f"{out / 'last.pt'}: was trained on another SCL.csv than {scl_path}; leave out --resume")
         network.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         average.load_state_dict(checkpoint["average"])
@@ -194,7 +199,7 @@ def main(args: argparse.Namespace) -> int:
             groups = torch.from_numpy(subclasses(features, labels.numpy(), args.subclasses, args.seed))
             spreads = subclass_temperatures(torch.from_numpy(concentration(features, groups.numpy())), args.temperature)
         network.train()
-        totals = dict.fromkeys(("loss", "classification", "contrastive", "localisation"), 0.0)
+        totals = dict.fromkeys(LOSSES, 0.0)
         batches = tqdm(balanced_order(labels, generator).split(args.batch_size), f"epoch {epoch}", leave=False)
         for step, batch in enumerate(batches):
             optimizer.param_groups[0]["lr"] = args.lr * cosine((epoch + step / steps) / args.epochs)
@@ -270,7 +275,7 @@ def main(args: argparse.Namespace) -> int:
     save_checkpoint(out / "model.pt", {"model": best, "config": config})
     write_csv(out / "subclasses.csv", train[["patch", "label", "level", "subclass"]])
     write_csv(out / "val_curve.csv", curve.round(6))
-    panels = {name: [name] for name in totals} | {"F1 of the val patches": ["val_f1"]}
+    panels = {name: [name] for name in LOSSES} | {"F1 of the val patches": ["val_f1"]}
     curves(out / "curves.png", pd.DataFrame(log), panels)
     precision_recall(out / "val_curve.png", curve, config["threshold"])
     draw_subclasses(out / "subclasses.png", train, train_patches, args)
@@ -295,14 +300,13 @@ def training_patches(train: pd.DataFrame, manifest: Path, scl_path: Path, args: 
 
 
 def check_points(train: pd.DataFrame, points_px: torch.Tensor, patch_size: int, manifest: Path) -> None:
-    """Raise InputError where a mitosis has no annotated point, or one outside its patch."""
-    inside = ((points_px >= -0.5) & (points_px < patch_size - 0.5)).all(dim=1).numpy()
-    wrong = train[(train["label"] == 1).to_numpy() & ~inside]
-    if len(wrong):
-        row = wrong.iloc[0]
+    """Raise InputError where a patch has an annotated point (one without has NaN) that lies outside the patch."""
+    outside = ((points_px < -0.5) | (points_px >= patch_size - 0.5)).any(dim=1).numpy()
+    if outside.any():
+        row = train[outside].iloc[0]
         raise InputError(
-            f"{manifest}: {len(wrong)} mitosis patches whose annotated point is missing or outside the patch of "
-            f"{patch_size} px (first: {row['patch']} with {row['point_x_px']:g}, {row['point_y_px']:g}); cut them again"
+            f"{manifest}: {outside.sum()} patches whose annotated point lies outside the patch of {patch_size} px "
+            f"(first: {row['patch']} with {row['point_x_px']:g}, {row['point_y_px']:g}); cut them again"
         )
 
 

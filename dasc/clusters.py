@@ -3,6 +3,7 @@
 import numpy as np
 from sklearn.cluster import KMeans
 
+ITERATIONS = 100  # of k-means at most; features that form no clusters would take many more
 SMOOTHING = 10  # patches added to a subclass's size under the logarithm, so that small ones are not all tight
 
 
@@ -21,7 +22,7 @@ def subclasses(features: np.ndarray, labels: np.ndarray, number: int, seed: int)
         members = np.flatnonzero(labels == label)
         directions = _normalised(features[members])
         clusters = min(number, len(np.unique(directions, axis=0)))
-        found = KMeans(clusters, n_init=3, random_state=seed).fit_predict(directions)
+        found = KMeans(clusters, n_init=3, max_iter=ITERATIONS, random_state=seed).fit_predict(directions)
         result[members] = used + found
         used += clusters
     return result

@@ -74,6 +74,18 @@ def test_killed_and_resumed_is_the_same(small_run, scl, finished, tmp_path):
     assert all(torch.equal(tensor, whole["model"][name]) for name, tensor in resumed["model"].items())
 
 
+def test_resume_of_a_finished_run_and_with_another_table(small_run, scl, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    succeed("DMU/hard_scl_main.py", *flags(small_run, scl, tmp_path / "out", "--resume"))
+    assert (tmp_path / "out/subclasses.csv").read_bytes() == (finished / "subclasses.csv").read_bytes()
+    whole = scl.read_bytes()
+    scl.write_bytes(whole.rsplit(b"\n", 2)[0] + b"\n")
+    try:
+        fails("DMU/hard_scl_main.py", *flags(small_run, scl, tmp_path / "out", "--resume"), says="another SCL.csv")
+    finally:
+        scl.write_bytes(whole)
+
+
 def change(scl, tmp_path, edit):
     path = tmp_path / "SCL.csv"
     edit(pd.read_csv(scl)).to_csv(path, index=False)
