@@ -88,7 +88,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     torch.set_num_threads(1)
     folder = cut(args)
-    points = read_dataset("mitos14", Path(args.data_root), [args.val], [args.test])[1]
+    points = read_dataset("mitos14", Path(args.data_root), [args.val], [args.test]).annotations
     confidences = points[["image", "x_px", "y_px", "confidence"]]
     tables = [one_seed(args, folder, confidences, seed) for seed in args.seeds]
     result = pd.concat([errors(table).assign(seed=table["seed"][0]) for table in tables])
