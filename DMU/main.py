@@ -38,9 +38,7 @@ SCORE_AFTER = 0  # epochs before noise_score begins to average
 BATCH_SIZE = 512  # largest number of patches per step
 LR = 1e-4  # learning rate of Adam
 FUSED_SHARE = 0.5  # share of the fused head in the loss; the two branches halve the rest
-LOSS_Q = (
-    0.7  # exponent of the generalised cross entropy: higher is slower to learn wrong labels; 0: cross entropy (paper)
-)
+LOSS_Q = 0.7  # exponent of the loss: the higher, the slower wrong labels are learnt; 0: cross entropy (the paper)
 CLASS_WEIGHTS = True  # the loss weighted by inverse label frequency; False: every patch weighs the same
 WEAK_STRENGTH = 1.0  # of the weak views' changes, relative to the ranges in dasc/views.py
 STRONG_STRENGTH = 1.0  # of the strong views' changes
