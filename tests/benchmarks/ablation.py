@@ -1,0 +1,192 @@
+"""What each stage is worth: F1 on a test slide as the chain grows, with the labels as they are and with some flipped.
+
+Runs the scripts as a user would on MITOS-ATYPIA-14, once per seed, share of flipped labels and arm, in --out; a step
+whose result is there is not run again. Every arm is judged on the test fields at the threshold chosen on val:
+
+random       stage 2 on random negatives
+searched     stage 2 again on the patches of stage 3: searched, annotated and random negatives
+memory       the same without the patches that stages 4 and 5 call noisy
+levels       stage 8 on SCL.csv of stage 7, classification loss by level only
+full         stage 8 as it is
+
+Flipped are training labels of mitoses and negatives alike; val and test keep theirs. Every arm is shown as many patches.
+Writes ablation.csv and ablation.png, named after the seeds.
+"""
+
+import argparse
+import json
+import sys
+import time
+import zlib
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from negatives import run
+
+from dasc.manifest import read_patches
+from dasc.run import replacing, write_csv
+
+ARMS = ("random", "searched", "memory", "levels", "full")
+
+
+def manifest_of(folder: Path, share: float, seed: int, most: int) -> Path:
+    """A manifest beside patches.csv with some training labels flipped.
+
+    Args:
+        share: of the places whose label is flipped. most: found negatives (searched, random) kept in training, drawn.
+    """
+    table = read_patches(folder / "patches.csv")
+    places = table["image"] + table["x_px"].map(" {:.0f}".format) + table["y_px"].map(" {:.0f}".format)
+    # By place, not by row: a nucleus that is wrong in stage 1 is wrong in stage 3.
+    numbers = places.map(lambda place: zlib.crc32(f"{seed} {place}".encode()) / 2**32)
+    train = table["split"] == "train"
+    found = train & table["origin"].isin(["searched", "random"])
+    order = places[found].map(lambda place: zlib.crc32(f"order {seed} {place}".encode())).sort_values()
+    wrong = train & (numbers < share)
+    table["label"] = table["label"].where(~wrong, 1 - table["label"])
+    write_csv(folder / "labels.csv", table.drop(index=order.index[most:]))
+    return folder / "labels.csv"
+
+
+def epochs(manifest: Path, visits: int, least: int) -> int:
+    """Passes over the training patches of a manifest that show about this many patches."""
+    return max(least, round(visits / (read_patches(manifest)["split"] == "train").sum()))
+
+
+def without_noisy(manifest: Path, hard: Path) -> Path:
+    """A manifest beside this one that lacks the training patches called noisy."""
+    noisy = pd.read_csv(hard).query("verdict == 'noisy'")["patch"]
+    path = manifest.with_name(f"{manifest.stem}_without_noisy.csv")
+    table = read_patches(manifest)
+    write_csv(path, table[~table["patch"].isin(noisy)])
+    return path
+
+
+def chain(home: Path, share: float, seed: int, args: argparse.Namespace) -> None:
+    """All nine stages and the arms that leave some of them out, in the folder `home`."""
+    data = ["--dataset", "mitos14", "--data_root", args.data_root, "--val", args.val, "--test", args.test]
+    cut = [*data, "--patch_size", args.patch_size, "--shifts", 0, "--seed", seed]
+    network = ["--backbone", args.backbone, "--init_weights", args.init_weights, "--stride", args.stride]
+    network += ["--seed", seed]
+    train = [*network, "--lr", args.lr]
+
+    patches = home / "patches"
+    run(patches, "pre/cut_patch_2.py", *cut, "--hard_negatives", "False", "--out", patches)
+    manifest = manifest_of(patches, share, seed, args.most_negatives)
+    flags = [*train, "--epochs", epochs(manifest, args.search_visits, 1), "--manifest", manifest]
+    run(home / "random/model.pt", "NS/sigle.py", *flags, "--out", home / "random")
+    patches = home / "patches_ns"
+    search = ["--fp_mdoel", "True", "--model_path", home / "random/model.pt"]
+    run(patches, "pre/cut_patch_2.py", *cut, *search, "--out", patches)
+    manifest = manifest_of(patches, share, seed, args.most_negatives)
+    passes = epochs(manifest, args.visits, 5)
+    train += ["--epochs", passes]
+    run(home / "searched/model.pt", "NS/sigle.py", *train, "--manifest", manifest, "--out", home / "searched")
+
+    memory = home / "memory_units"
+    schedule = [
+        "--epochs",
+        epochs(manifest, args.memory_visits, 6),
+        "--warmup",
+        1,
+        "--count_after",
+        2,
+        "--batch_size",
+        64,
+    ]
+    flags = [*network, "--lr", args.memory_lr, *schedule, "--manifest", manifest, "--out", memory]
+    run(memory / "memory.csv", "DMU/main.py", *flags)
+    between = ["--manifest", manifest, "--seed", seed]
+    run(memory / "hard.csv", "clus_hard.py", *between, "--memory", memory / "memory.csv", "--out", memory)
+    kept = without_noisy(manifest, memory / "hard.csv")
+    run(home / "memory/model.pt", "NS/sigle.py", *train, "--manifest", kept, "--out", home / "memory")
+
+    levels = [*network, "--lr", args.memory_lr, "--epochs", args.level_epochs, "--seen_after", args.level_epochs // 4]
+    flags = [*levels, "--manifest", manifest, "--hard", memory / "hard.csv", "--out", memory]
+    run(memory / "checked.csv", "DMU/hard_main.py", *flags)
+    tables = [flag for name in ("memory", "hard", "checked") for flag in (f"--{name}", memory / f"{name}.csv")]
+    run(memory / "SCL.csv", "clus_scl.py", *tables, "--out", memory)
+    scl = [*train, "--manifest", manifest, "--scl", memory / "SCL.csv"]
+    scl += ["--warmup", passes // 5, "--cluster_every", max(1, passes // 5)]
+    alone = ["--contrastive_weight", 0, "--localisation_weight", 0]
+    run(home / "levels/model.pt", "DMU/hard_scl_main.py", *scl, *alone, "--out", home / "levels")
+    run(home / "full/model.pt", "DMU/hard_scl_main.py", *scl, "--out", home / "full")
+
+    for arm in ARMS:
+        judge = [*data, "--model_path", home / arm / "model.pt", "--overlays", "False"]
+        for split in args.splits:
+            out = home / arm / split
+            run(out / "metrics.json", "predict.py", *judge, "--split", split, "--out", out)
+
+
+def judged(home: Path, split: str, arm: str) -> dict:
+    """Metrics at the threshold of val, and at the best threshold for these fields in hindsight."""
+    out = home / arm / split
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    curve = pd.read_csv(home / arm / "val_curve.csv")
+    table = read_patches(home / ("patches" if arm == "random" else "patches_ns") / "labels.csv")
+    train = table[table["split"] == "train"]
+    return {
+        "patches": len(train),
+        **{name: metrics[name] for name in ("tp", "fp", "fn", "precision", "recall", "f1", "f1_low", "f1_high")},
+        "threshold": metrics["threshold"],
+        "f1_val": curve["f1"].max(),
+    }
+
+
+def draw(path: Path, table: pd.DataFrame) -> None:
+    """F1 of every arm, a point per seed and a bar at the mean; one panel per share of flipped labels."""
+    shares = sorted(table["flipped"].unique())
+    figure = Figure(figsize=(5 * len(shares), 4), layout="constrained")
+    for axis, share in zip(np.atleast_1d(figure.subplots(1, len(shares), sharey=True)), shares, strict=True):
+        part = table[table["flipped"] == share]
+        for place, arm in enumerate(ARMS):
+            f1 = part.loc[part["arm"] == arm, "f1"]
+            axis.bar(place, f1.mean(), color="#b8c4d6")
+            axis.plot(np.full(len(f1), place), f1, "o", color="#27364d")
+        axis.set_xticks(range(len(ARMS)), ARMS)
+        axis.set(title=f"{share:.0%} of the training labels flipped", ylabel="F1", ylim=(0, None))
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_root", required=True, help="MITOS-ATYPIA-14")
+    parser.add_argument("--val", default="H03")
+    parser.add_argument("--test", default="H05")
+    parser.add_argument("--out", default="results/ablation")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--flipped", type=float, nargs="+", default=[0.0, 0.2], help="shares of the training labels")
+    parser.add_argument("--splits", nargs="+", default=["test"], help="fields judged; val while settings are chosen")
+    parser.add_argument("--backbone", default="tf_efficientnet_lite0")
+    parser.add_argument("--init_weights", default="data/lite0.pt", help="see lite0_weights.py")
+    parser.add_argument("--patch_size", type=int, default=64)
+    parser.add_argument("--stride", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=5e-4, help="of stages 2 and 8")
+    parser.add_argument("--most_negatives", type=int, default=1500, help="searched and random ones, in training")
+    parser.add_argument("--visits", type=int, default=24000, help="patches shown in the training of each arm")
+    parser.add_argument("--search_visits", type=int, default=12000, help="of the first arm, which has fewer patches")
+    parser.add_argument("--memory_lr", type=float, default=3e-4, help="of stages 4 and 6")
+    parser.add_argument("--memory_visits", type=int, default=16000, help="of stage 4, which looks at each twice")
+    parser.add_argument("--level_epochs", type=int, default=12, help="of stage 6")
+    args = parser.parse_args()
+    out, rows = Path(args.out), []
+    for seed in args.seeds:
+        for share in args.flipped:
+            home = out / f"flipped_{share:g}" / str(seed)
+            began = time.perf_counter()
+            chain(home, share, seed, args)
+            print(f"{home}: {time.perf_counter() - began:.0f} s", flush=True)
+            for split in args.splits:
+                of_run = {"flipped": share, "seed": seed, "split": split}
+                rows += [{**of_run, "arm": arm, **judged(home, split, arm)} for arm in ARMS]
+            print(pd.DataFrame(rows).round(3).to_string(index=False), flush=True)
+    table = pd.DataFrame(rows)
+    name = "ablation_" + "_".join(map(str, args.seeds))
+    write_csv(out / f"{name}.csv", table.round(4))
+    draw(out / f"{name}.png", table[table["split"] == args.splits[-1]])

@@ -1,0 +1,130 @@
+"""One table dataset out of several, to train on all of them: what weights/dasc_mitos.pt learned from.
+
+Reads what it finds in --data: mitos14 (official layout; --val and --test name slides), brecahad (MIDOG layout, 0.25
+um/px assumed; case 10 to train on, the others test) and mitotic_figures (table of 128 px crops centred on a mitosis).
+Writes OUT/fields.csv, annotations.csv and images/.
+
+The crops of one case become one mosaic, so that the stain is measured on all of them and not on a picture that is
+half mitosis. Each is framed by its mirror image, so that no patch shows a seam. A crop gives one negative, any of the
+candidates farther than 10 um from its mitosis (the darkest are often further mitoses, which nobody marked); a crop
+without one is left out: mitoses and negatives of every case, scanner and stain are as many, and style tells nothing
+about the label.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from dasc.datasets import read_dataset
+from dasc.fields import read_field
+from dasc.figures import write_png
+from dasc.nuclei import find_candidates
+from dasc.run import write_csv
+
+ASSUMED_UM_PER_PX = 0.25
+CLEAR_UM = 10.0  # a candidate this far from the mitosis of its crop is another nucleus
+EDGE_UM = 2.0  # a candidate nearer to the edge of its crop is half a nucleus, mirrored
+PER_MM2 = 5000.0  # candidates per mm2 that negatives are drawn from: most nuclei
+FRAME = 40  # px of mirror image round a crop: half of the largest patch
+BRECAHAD_TRAIN = "Case_10"
+
+Rows = list[tuple]
+
+
+def whole_fields(name: str, root: Path, splits: tuple, out: Path) -> tuple[Rows, Rows]:
+    """Copy the fields of a dataset; rows of fields.csv and annotations.csv."""
+    dataset = read_dataset(name, root, *splits)
+    fields, points = [], []
+    for field in tqdm(list(dataset.fields.itertuples()), root.name):
+        path = Path("images") / root.name / Path(field.path).name
+        shutil.copyfile(root / field.path, out / path)
+        um_per_px = ASSUMED_UM_PER_PX if np.isnan(field.um_per_px) else field.um_per_px
+        fields.append((f"{root.name}_{field.image}", path.as_posix(), field.case, field.split, um_per_px))
+    for point in dataset.annotations.itertuples():
+        points.append((f"{root.name}_{point.image}", point.x_px, point.y_px, point.label))
+    return fields, points
+
+
+def mosaics(root: Path, out: Path) -> tuple[Rows, Rows]:
+    """A mosaic of every case; rows of fields.csv and annotations.csv."""
+    fields, points, rng = [], [], np.random.default_rng(0)
+    for case, rows in tqdm(read_dataset("table", root).fields.groupby("case"), root.name):
+        crops = [read_field(root / path) for path in rows["path"]]
+        crops = [crops[number] for number in negatives(crops, rng)]
+        if not crops:
+            continue
+        path = Path("images") / root.name / f"{case}.png"
+        write_png(out / path, mosaic(crops))
+        fields.append((case, path.as_posix(), case, "train", ASSUMED_UM_PER_PX))
+        found = negatives(crops, rng)
+        for number in range(len(crops) // across(crops) * across(crops)):
+            corner = np.array(corner_px(number, crops))
+            points.append((case, *(corner + crops[0].shape[0] // 2), 1))
+            if number in found:  # another layout ranks the candidates a little differently
+                points.append((case, *(corner + found[number]), 0))
+    return fields, points
+
+
+def corner_px(number: int, crops: list[np.ndarray]) -> tuple[int, int]:
+    """x and y of the corner of a crop in the mosaic."""
+    line, place = divmod(number, across(crops))
+    tile = crops[0].shape[0] + 2 * FRAME
+    return place * tile + FRAME, line * tile + FRAME
+
+
+def across(crops: list[np.ndarray]) -> int:
+    return int(len(crops) ** 0.5)
+
+
+def mosaic(crops: list[np.ndarray]) -> np.ndarray:
+    """Crops side by side, each in its mirror image; those that would begin a line and not fill it are left out."""
+    framed = [np.pad(crop, ((FRAME, FRAME), (FRAME, FRAME), (0, 0)), "reflect") for crop in crops]
+    wide = across(crops)
+    lines = [np.hstack(framed[start : start + wide]) for start in range(0, len(crops) // wide * wide, wide)]
+    return np.vstack(lines)
+
+
+def negatives(crops: list[np.ndarray], rng: np.random.Generator) -> dict[int, np.ndarray]:
+    """For every crop of the mosaic that has one: a negative, x and y in the crop."""
+    points_px, _ = find_candidates(mosaic(crops), ASSUMED_UM_PER_PX, PER_MM2)
+    side, edge = crops[0].shape[0], EDGE_UM / ASSUMED_UM_PER_PX
+    tile, inside = np.divmod(points_px, side + 2 * FRAME)
+    inside -= FRAME
+    numbers = (tile[:, 1] * across(crops) + tile[:, 0]).astype(int)
+    clear = np.linalg.norm(inside - side / 2, axis=1) * ASSUMED_UM_PER_PX > CLEAR_UM
+    clear &= ((inside >= edge) & (inside < side - edge)).all(axis=1)
+    return {numbers[index]: inside[index] for index in rng.permutation(np.flatnonzero(clear))}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with mitos14, brecahad, mitotic_figures")
+    parser.add_argument("--val", default="H03", help="slides of mitos14 for validation, A,B")
+    parser.add_argument("--test", default="H05", help="slides of mitos14 for the test; empty: none")
+    parser.add_argument("--sets", nargs="+", default=["mitos14", "brecahad", "mitotic_figures"])
+    parser.add_argument("--out", type=Path, default=Path("data/combined"))
+    args = parser.parse_args()
+    fields, points = [], []
+    for name in args.sets:
+        root = args.data / name
+        (args.out / "images" / name).mkdir(parents=True, exist_ok=True)
+        if name == "mitos14":
+            splits = tuple([case for case in cases.split(",") if case] for cases in (args.val, args.test))
+            parts = whole_fields("mitos14", root, splits, args.out)
+        elif name == "brecahad":
+            cases = sorted(set(read_dataset("midog", root, [], []).fields["case"]) - {BRECAHAD_TRAIN})
+            parts = whole_fields("midog", root, ([], cases), args.out)
+        else:
+            parts = mosaics(root, args.out)
+        fields += parts[0]
+        points += parts[1]
+    write_csv(args.out / "fields.csv", pd.DataFrame(fields, columns=["image", "path", "case", "split", "um_per_px"]))
+    write_csv(args.out / "annotations.csv", pd.DataFrame(points, columns=["image", "x_px", "y_px", "label"]))
+    print(pd.DataFrame(fields).groupby(3).size(), pd.DataFrame(points).groupby(3).size())
