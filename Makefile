@@ -1,11 +1,24 @@
 # make demo   the pipeline on a synthetic sample, from nothing to pictures (no download but the packages)
 # make test   lint and all tests
+# make mitos14 DATA=folder   the pipeline on MITOS-ATYPIA-14, 1 to 2 hours on 2 cores
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python
 LIGHT := --backbone resnet10t --pretrained False --lr 1e-3
 
-.PHONY: demo test clean
+
+# make mitos14 DATA=folder: the nine stages on MITOS-ATYPIA-14 with a light backbone; what is done is not done again.
+# WEIGHTS=file: ImageNet weights from disk (a timm state dict) where the model hub cannot be reached.
+DATA ?=
+WEIGHTS ?=
+FIELDS14 := --dataset mitos14 --data_root $(DATA) --val H03 --test H05
+CUT14 := $(FIELDS14) --patch_size 64 --shifts 0 --resume
+LIGHT14 := --backbone tf_efficientnet_lite0 --stride 32 $(if $(WEIGHTS),--init_weights $(WEIGHTS))
+P14 := data/mitos14
+R14 := results/mitos14
+resume = $(if $(wildcard $(R14)/$(1)/last.pt),--resume)
+
+.PHONY: demo mitos14 test clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -29,6 +42,39 @@ demo: .venv/installed
 	$(RUN) DMU/hard_scl_main.py $(LIGHT) --epochs 8 --warmup 2 --cluster_every 3
 	$(RUN) predict.py --dataset sample --data_root data/sample
 	@echo "Look at results/predict/*/overlay.png: green true, yellow false, blue missed (synthetic tissue)."
+
+mitos14: $(R14)/predict/metrics.json
+	cat $<
+
+$(P14)/patches.csv: | .venv/installed
+	$(RUN) pre/cut_patch_2.py $(CUT14) --out $(@D)
+
+$(R14)/NS/model.pt: $(P14)/patches.csv
+	$(RUN) NS/sigle.py $(LIGHT14) --lr 5e-4 --epochs 14 --manifest $< --out $(@D) $(call resume,NS)
+
+$(P14)_ns/patches.csv: $(R14)/NS/model.pt
+	$(RUN) pre/cut_patch_2.py $(CUT14) --fp_mdoel True --model_path $< --out $(@D)
+
+$(R14)/DMU/memory.csv: $(P14)_ns/patches.csv
+	$(RUN) DMU/main.py $(LIGHT14) --lr 3e-4 --epochs 10 --warmup 1 --count_after 2 --batch_size 64 \
+		--manifest $< --out $(@D) $(call resume,DMU)
+
+$(R14)/DMU/hard.csv: $(R14)/DMU/memory.csv
+	$(RUN) clus_hard.py --manifest $(P14)_ns/patches.csv --memory $< --out $(@D)
+
+$(R14)/DMU_hard/checked.csv: $(R14)/DMU/hard.csv
+	$(RUN) DMU/hard_main.py $(LIGHT14) --lr 3e-4 --epochs 12 --seen_after 3 \
+		--manifest $(P14)_ns/patches.csv --hard $< --out $(@D) $(call resume,DMU_hard)
+
+$(R14)/DMU_hard/SCL.csv: $(R14)/DMU_hard/checked.csv
+	$(RUN) clus_scl.py --memory $(R14)/DMU/memory.csv --hard $(R14)/DMU/hard.csv --checked $< --out $(@D)
+
+$(R14)/DMU_scl/model.pt: $(R14)/DMU_hard/SCL.csv
+	$(RUN) DMU/hard_scl_main.py $(LIGHT14) --lr 5e-4 --epochs 15 --warmup 3 --cluster_every 3 \
+		--manifest $(P14)_ns/patches.csv --scl $< --out $(@D) $(call resume,DMU_scl)
+
+$(R14)/predict/metrics.json: $(R14)/DMU_scl/model.pt
+	$(RUN) predict.py $(FIELDS14) --model_path $< --out $(@D)
 
 test: .venv/installed-dev
 	$(RUN) -m ruff check .

@@ -9,7 +9,8 @@ memory       the same without the patches that stages 4 and 5 call noisy
 levels       stage 8 on SCL.csv of stage 7, classification loss by level only
 full         stage 8 as it is
 
-Flipped are training labels of mitoses and negatives alike; val and test keep theirs. Every arm is shown as many patches.
+Flipped are labels of annotated nuclei of the training fields, mitoses and look-alikes; val and test keep theirs.
+Every arm is shown about as many patches.
 Writes ablation.csv and ablation.png, named after the seeds.
 """
 
@@ -17,7 +18,6 @@ import argparse
 import json
 import sys
 import time
-import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -27,29 +27,37 @@ import pandas as pd
 from matplotlib.figure import Figure
 from negatives import run
 
+from dasc.datasets import read_dataset
 from dasc.manifest import read_patches
 from dasc.run import replacing, write_csv
 
 ARMS = ("random", "searched", "memory", "levels", "full")
 
 
-def manifest_of(folder: Path, share: float, seed: int, most: int) -> Path:
-    """A manifest beside patches.csv with some training labels flipped.
+def dataset_with(share: float, seed: int, folder: Path, args: argparse.Namespace) -> Path:
+    """A table dataset of the same fields where this share of the training annotations have the other label."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        data_root = Path(args.data_root).resolve()
+        dataset = read_dataset("mitos14", data_root, [args.val], [args.test])
+        (folder / "images").symlink_to(data_root, target_is_directory=True)
+        points = dataset.annotations.merge(dataset.fields[["image", "split"]], on="image")
+        rng = np.random.default_rng(seed)
+        for _, rows in points[points["split"] == "train"].groupby("label"):
+            wrong = rng.choice(rows.index, round(share * len(rows)), replace=False)
+            points.loc[wrong, "label"] = 1 - points.loc[wrong, "label"]
+        write_csv(folder / "annotations.csv", points[["image", "x_px", "y_px", "label"]])
+        write_csv(folder / "fields.csv", dataset.fields.assign(path="images/" + dataset.fields["path"]))
+    return folder
 
-    Args:
-        share: of the places whose label is flipped. most: found negatives (searched, random) kept in training, drawn.
-    """
+
+def at_most(folder: Path, most: int, seed: int) -> Path:
+    """A manifest beside patches.csv with at most so many training negatives that nobody annotated, drawn at random."""
     table = read_patches(folder / "patches.csv")
-    places = table["image"] + table["x_px"].map(" {:.0f}".format) + table["y_px"].map(" {:.0f}".format)
-    # By place, not by row: a nucleus that is wrong in stage 1 is wrong in stage 3.
-    numbers = places.map(lambda place: zlib.crc32(f"{seed} {place}".encode()) / 2**32)
-    train = table["split"] == "train"
-    found = train & table["origin"].isin(["searched", "random"])
-    order = places[found].map(lambda place: zlib.crc32(f"order {seed} {place}".encode())).sort_values()
-    wrong = train & (numbers < share)
-    table["label"] = table["label"].where(~wrong, 1 - table["label"])
-    write_csv(folder / "labels.csv", table.drop(index=order.index[most:]))
-    return folder / "labels.csv"
+    found = table.index[(table["split"] == "train") & table["origin"].isin(["searched", "random"])]
+    dropped = np.random.default_rng(seed).permutation(found)[most:]
+    write_csv(folder / "drawn.csv", table.drop(index=dropped))
+    return folder / "drawn.csv"
 
 
 def epochs(manifest: Path, visits: int, least: int) -> int:
@@ -69,20 +77,32 @@ def without_noisy(manifest: Path, hard: Path) -> Path:
 def chain(home: Path, share: float, seed: int, args: argparse.Namespace) -> None:
     """All nine stages and the arms that leave some of them out, in the folder `home`."""
     data = ["--dataset", "mitos14", "--data_root", args.data_root, "--val", args.val, "--test", args.test]
-    cut = [*data, "--patch_size", args.patch_size, "--shifts", 0, "--seed", seed]
+    labelled = dataset_with(share, seed, home / "dataset", args)
+    cut = [
+        "--dataset",
+        "table",
+        "--data_root",
+        labelled,
+        "--patch_size",
+        args.patch_size,
+        "--shifts",
+        0,
+        "--seed",
+        seed,
+    ]
     network = ["--backbone", args.backbone, "--init_weights", args.init_weights, "--stride", args.stride]
     network += ["--seed", seed]
     train = [*network, "--lr", args.lr]
 
     patches = home / "patches"
     run(patches, "pre/cut_patch_2.py", *cut, "--hard_negatives", "False", "--out", patches)
-    manifest = manifest_of(patches, share, seed, args.most_negatives)
+    manifest = at_most(patches, args.most_negatives, seed)
     flags = [*train, "--epochs", epochs(manifest, args.search_visits, 1), "--manifest", manifest]
     run(home / "random/model.pt", "NS/sigle.py", *flags, "--out", home / "random")
     patches = home / "patches_ns"
     search = ["--fp_mdoel", "True", "--model_path", home / "random/model.pt"]
     run(patches, "pre/cut_patch_2.py", *cut, *search, "--out", patches)
-    manifest = manifest_of(patches, share, seed, args.most_negatives)
+    manifest = at_most(patches, args.most_negatives, seed)
     passes = epochs(manifest, args.visits, 5)
     train += ["--epochs", passes]
     run(home / "searched/model.pt", "NS/sigle.py", *train, "--manifest", manifest, "--out", home / "searched")
@@ -128,7 +148,7 @@ def judged(home: Path, split: str, arm: str) -> dict:
     out = home / arm / split
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     curve = pd.read_csv(home / arm / "val_curve.csv")
-    table = read_patches(home / ("patches" if arm == "random" else "patches_ns") / "labels.csv")
+    table = read_patches(home / ("patches" if arm == "random" else "patches_ns") / "drawn.csv")
     train = table[table["split"] == "train"]
     return {
         "patches": len(train),
@@ -149,7 +169,7 @@ def draw(path: Path, table: pd.DataFrame) -> None:
             axis.bar(place, f1.mean(), color="#b8c4d6")
             axis.plot(np.full(len(f1), place), f1, "o", color="#27364d")
         axis.set_xticks(range(len(ARMS)), ARMS)
-        axis.set(title=f"{share:.0%} of the training labels flipped", ylabel="F1", ylim=(0, None))
+        axis.set(title=f"{share:.0%} of the annotations flipped", ylabel="F1", ylim=(0, None))
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
@@ -161,7 +181,7 @@ if __name__ == "__main__":
     parser.add_argument("--test", default="H05")
     parser.add_argument("--out", default="results/ablation")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--flipped", type=float, nargs="+", default=[0.0, 0.2], help="shares of the training labels")
+    parser.add_argument("--flipped", type=float, nargs="+", default=[0.0, 0.2], help="shares of the annotations")
     parser.add_argument("--splits", nargs="+", default=["test"], help="fields judged; val while settings are chosen")
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--init_weights", default="data/lite0.pt", help="see lite0_weights.py")
