@@ -1,5 +1,7 @@
 """Scan a field with a network: candidates, probabilities, places, merging."""
 
+import logging
+
 import numpy as np
 import pandas as pd
 import torch
@@ -9,10 +11,13 @@ from dasc.augment import dihedral, to_float
 from dasc.network import SearchNetwork
 from dasc.nuclei import find_candidates
 from dasc.patches import PatchCutter
+from dasc.run import InputError
 from dasc.stain import normalise_stain
 
 SECOND_LOOK_PER_MM2 = 300  # candidates seen again in every view: several times the densest tumours' mitoses
 AT_LEAST = 16  # of them, however small the field is
+
+logger = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
@@ -20,16 +25,28 @@ def score_patches(network: SearchNetwork, patches: torch.Tensor, batch_size: int
     """p(mitosis) of patches (N, 3, S, S) uint8 anywhere: (N,) on the CPU.
 
     Args:
+        batch_size: patches scored together; halved as often as the device's memory is too small for it.
         views: how many right-angle views of a patch are averaged, in logits: 1, 2, 4 or 8.
     """
-    device = next(network.parameters()).device
-    scores = [torch.empty(0)]
-    for batch in patches.split(batch_size):
-        batch = to_float(batch.to(device))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = sum(network(dihedral(batch, view)).float() for view in range(views)) / views
-        scores.append(torch.softmax(logits, dim=1)[:, 1].cpu())
+    scores, start = [torch.empty(0)], 0
+    while start < len(patches):
+        try:
+            scores.append(_score_batch(network, patches[start : start + batch_size], views))
+            start += batch_size
+        except torch.OutOfMemoryError as error:
+            if batch_size == 1:
+                raise InputError("the device's memory does not hold one patch; use --device cpu") from error
+            batch_size //= 2
+            logger.warning("the device's memory is full: %d patches at a time from here on", batch_size)
     return torch.cat(scores)
+
+
+def _score_batch(network: SearchNetwork, batch: torch.Tensor, views: int) -> torch.Tensor:
+    device = next(network.parameters()).device
+    batch = to_float(batch.to(device))
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        logits = sum(network(dihedral(batch, view)).float() for view in range(views)) / views
+    return torch.softmax(logits, dim=1)[:, 1].cpu()
 
 
 def score_points(
