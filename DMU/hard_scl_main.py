@@ -259,7 +259,7 @@ def main(args: argparse.Namespace) -> int:
         write_csv(out / "log.csv", pd.DataFrame(log).round(6))
 
     average.load_state_dict(best)
-    config["threshold"], curve = threshold_on_val(
+    facts, curve = threshold_on_val(
         average,
         config,
         data_root,
@@ -269,7 +269,9 @@ def main(args: argparse.Namespace) -> int:
         per_mm2=args.per_mm2,
         match_um=args.match_um,
         views=args.views,
+        reliability_path=out / "reliability.png",
     )
+    config |= facts
     features = embed(average, train_patches, 2 * args.batch_size).numpy()
     train["subclass"] = subclasses(features, labels.numpy(), args.subclasses, args.seed)
     save_checkpoint(out / "model.pt", {"model": best, "config": config})

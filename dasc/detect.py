@@ -8,6 +8,7 @@ import torch
 from scipy.spatial import cKDTree
 
 from dasc.augment import dihedral, to_float
+from dasc.calibration import calibrate
 from dasc.network import SearchNetwork
 from dasc.nuclei import find_candidates
 from dasc.patches import PatchCutter
@@ -84,14 +85,16 @@ def scan_field(
     merge_um: float,
     views: int,
     smallest: float,
+    calibrated: bool = True,
 ) -> pd.DataFrame:
     """Detections of one field (H, W, 3) uint8, strongest first: x_px, y_px in its own pixels, probability.
 
     Args:
-        config: the checkpoint's: patch_size in px, um_per_px, normalise_stain.
+        config: the checkpoint's: patch_size in px, um_per_px, normalise_stain, temperature, offset.
         per_mm2: candidates looked at per mm2. merge_um: detections nearer than this become the strongest of them.
         views: right-angle views averaged in a second look at the SECOND_LOOK_PER_MM2 best; 1 leaves it out.
         smallest: detections below this probability are left out.
+        calibrated: give probabilities as the checkpoint's calibration makes them; False: as the network does.
     """
     points_px, _ = find_candidates(image, um_per_px, per_mm2)
     shown = normalise_stain(image) if config["normalise_stain"] else image
@@ -102,6 +105,8 @@ def scan_field(
         best = np.argsort(-probabilities, kind="stable")[: max(AT_LEAST, round(SECOND_LOOK_PER_MM2 * area_mm2))]
         points_px = points_px[best]
         probabilities = score_points(network, cutter, points_px, batch_size, views)
+    if calibrated:
+        probabilities = calibrate(probabilities, config)
     worth = probabilities >= smallest
     points_px, probabilities = points_px[worth], probabilities[worth]
     kept = merge(points_px, probabilities, merge_um / um_per_px)

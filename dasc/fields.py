@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,7 +17,8 @@ from dasc.run import InputError
 
 MAX_PIXELS = 1_000_000_000  # a field is held in memory whole, 3 bytes per pixel
 UM_PER_PX_RANGE = (0.1, 2.0)  # what a microscope gives; 72 dpi of an image editor is 352.8 um/px
-IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".svs", ".ndpi")
+IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")
+SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi")
 
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 APERIO_YCBCR_JPEG2000 = 33003  # tifffile hands its pixels out as YCbCr
@@ -75,7 +77,7 @@ def find_images(paths: list[Path]) -> list[Path]:
         if path.is_dir():
             images = [file for file in _files_below(path) if _may_be_image(file)]
             if not images:
-                raise InputError(f"{path}: no image in this folder; expected TIFF, PNG, JPEG or BMP files")
+                raise InputError(f"{path}: no image in this folder; expected slides, TIFF, PNG, JPEG or BMP files")
         elif path.exists():
             images = [path]
         else:
@@ -100,7 +102,7 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def _may_be_image(path: Path) -> bool:
-    if path.suffix.lower() in IMAGE_SUFFIXES:
+    if path.suffix.lower() in (*IMAGE_SUFFIXES, *SLIDE_SUFFIXES):
         return True
     try:
         with path.open("rb") as file:
@@ -260,11 +262,18 @@ def resolution(path: Path, override: float, stated: float) -> tuple[float, str]:
 
     Errors: InputError when none of them knows it.
     """
+    return choose_resolution(path, override, stated, lambda: read_um_per_px(path))
+
+
+def choose_resolution(
+    path: Path, override: float, stated: float, read: Callable[[], float | None]
+) -> tuple[float, str]:
+    """As `resolution`, with what the file states read by another reader than read_um_per_px."""
     if override > 0:
         return override, "flag"
     if stated > 0:
         return stated, "dataset"
-    um_per_px = read_um_per_px(path)
+    um_per_px = read()
     if um_per_px is None:
         raise InputError(f"{path}: states no resolution between 0.1 and 2.0 um/px; give it with --um_per_px")
     return um_per_px, "file"

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from dasc.calibration import calibrate, uncalibrate
 from dasc.detect import AT_LEAST, SECOND_LOOK_PER_MM2, merge, score_patches
 from dasc.network import SearchNetwork
 from dasc.nuclei import score_candidates, spread_of
@@ -85,7 +86,7 @@ def scan_slide(
             points_px = points_px[scores >= survey["lowest_score"]]
             return grid.in_slide(points_px), tile.patches(points_px, config, stain)
 
-        looks = Looks(network, batch_size, views, survey["second_look"], smallest)
+        looks = Looks(network, batch_size, views, survey["second_look"], uncalibrate(smallest, config))
         places = place_tiles(grid, tissue, tile_um, shift)[progress.tiles :]
         with ThreadPoolExecutor(max(1, workers)) as pool:
             tiles = tqdm(ahead(pool, look, places, workers), "tiles", total=len(places), leave=False, unit="tile")
@@ -97,6 +98,7 @@ def scan_slide(
                     save(progress)
         progress.found += looks.flush()
     found = np.array(sorted(progress.found, key=lambda one: (-one[2], one[1], one[0]))).reshape(-1, 3)
+    found[:, 2] = calibrate(found[:, 2], config)
     found = found[merge(found[:, :2], found[:, 2], merge_um / um_per_px)]
     return pd.DataFrame(found, columns=["x_px", "y_px", "probability"])
 

@@ -123,5 +123,5 @@ class Tile:
         """Patches (N, 3, S, S) uint8 about points (N, 2) of the level, the stain normalised."""
         image = apply_stain(self.image, stain)
         cutter = PatchCutter(image, self.grid.model_um, config["um_per_px"], config["patch_size"])
-        # Candidates lie half-way between two pixels of the patches' resolution: a hair less, and every tile rounds alike.
+        # Candidates lie half-way between two pixels of the patch: a hair less, and every tile rounds alike.
         return cutter.cut(points_px - self.corner_px - 1e-3)
