@@ -30,6 +30,12 @@ def write_detections(path: Path, table: pd.DataFrame) -> None:
     write_csv(path, table.round({name: 6 if name == "probability" else 3 for name in COLUMNS[1:-1]}))
 
 
+def write_counts(path: Path, table: pd.DataFrame) -> None:
+    """Write counts.csv: a row per image, names as in detections.csv, numbers rounded to 3 decimals, areas to 6."""
+    decimals = {name: 6 if name.endswith("_mm2") and "per" not in name else 3 for name in table if name != "um_per_px"}
+    write_csv(path, table.assign(image=[_cell(str(name)) for name in table["image"]]).round(decimals))
+
+
 def write_mitotic_figures(
     path: Path, detections: pd.DataFrame, um_per_px: float | None, threshold: float, smallest: float
 ) -> None:

@@ -9,8 +9,9 @@ WINDOW_MM2 = 2.0  # area in which mitoses are counted: that of ten high-power fi
 
 @dataclass(frozen=True)
 class Hotspot:
-    """A window on an image, in its pixels, and how many mitoses lie in it.
+    """A window on an image and how many mitoses lie in it.
 
+    x_px, y_px: its upper left corner from the image's, in pixels, as viewers count.
     whole: the window covers the whole image, as the image is not larger than a window.
     """
 
@@ -32,9 +33,9 @@ def find_hotspot(
     """The window with the most mitoses (N, 2) of an image: exact, over all places and not those of a grid.
 
     The window is an upright square. Guidelines give the area and leave the shape open; the regions of digital studies
-    and of the public challenges are upright rectangles, which a viewer draws and crops, while a circle is the shape of
-    one of the microscope's ten fields and not of all ten together. In an image narrower than the square the window is
-    as narrow and longer, so that it keeps its area; an image smaller than that is its own window.
+    and of the public challenges are upright rectangles, which a viewer draws and crops, while a circle is the shape
+    of one of the microscope's ten fields and not of all ten together. In an image narrower than the square the window
+    is as narrow and longer, so that it keeps its area; an image smaller than that is its own window.
 
     Some best window has a mitosis on its left edge and one on its top edge. So for every mitosis as the left edge, those
     in the strip to the right of it are sorted by y, and a binary search counts how far the window reaches below
@@ -43,7 +44,7 @@ def find_hotspot(
     """
     image_mm2 = width_px * height_px * um_per_px**2 / 1e6
     if image_mm2 <= window_mm2:
-        return Hotspot(-0.5, -0.5, width_px, height_px, len(points_px), True)
+        return Hotspot(0.0, 0.0, width_px, height_px, len(points_px), True)
     area_px = window_mm2 * 1e6 / um_per_px**2
     wide = min(np.sqrt(area_px), width_px)
     high = min(area_px / wide, height_px)
@@ -61,7 +62,6 @@ def find_hotspot(
         if reach.max() > most:
             most, top = int(reach.max()), int(reach.argmax())
             held = strip[top : top + most]
-    middle = (held.min(axis=0) + held.max(axis=0)) / 2 if most else np.array([width_px, height_px]) / 2 - 0.5
-    corner = middle - np.array([wide, high]) / 2
-    corner = np.clip(corner, -0.5, np.array([width_px - wide, height_px - high]) - 0.5)
+    middle = (held.min(axis=0) + held.max(axis=0) + 1) / 2 if most else np.array([width_px, height_px]) / 2
+    corner = np.clip(middle - np.array([wide, high]) / 2, 0, np.array([width_px - wide, height_px - high]))
     return Hotspot(float(corner[0]), float(corner[1]), float(wide), float(high), most, False)

@@ -97,7 +97,7 @@ def draw_heat_map(
     share = (density / densest if densest else density)[:, :, None]
     heated = picture * (1 - 0.75 * share) + np.array([200, 0, 0]) * 0.75 * share
     picture = np.ascontiguousarray(heated.round().astype(np.uint8))
-    left, top = np.round((np.array([hotspot.x_px, hotspot.y_px]) + 0.5) * zoom).astype(int).tolist()
+    left, top = round(hotspot.x_px * zoom), round(hotspot.y_px * zoom)
     right, bottom = left + round(hotspot.width_px * zoom) - 1, top + round(hotspot.height_px * zoom) - 1
     cv2.rectangle(picture, (left, top), (right, bottom), (20, 20, 160), 2)
     return picture, densest
@@ -109,7 +109,7 @@ def draw_hotspot(slide: Slide, mitoses_px: np.ndarray, hotspot: Hotspot, um_per_
     corner = np.array([hotspot.x_px, hotspot.y_px])
     size = max(1, round(hotspot.width_px * zoom)), max(1, round(hotspot.height_px * zoom))
     picture = _read(slide, corner, (hotspot.width_px, hotspot.height_px), size)
-    for x, y in ((mitoses_px - corner) * zoom).round().astype(int).tolist():
+    for x, y in ((mitoses_px + 0.5 - corner) * zoom).round().astype(int).tolist():
         for shade, line in (((0, 0, 0), 4), (DETECTION, 2)):
             cv2.circle(picture, (x, y), max(4, round(CIRCLE_UM / um_per_px * zoom)), shade, line, cv2.LINE_AA)
     return picture
@@ -123,7 +123,7 @@ def read_square(slide: Slide, x_px: float, y_px: float, side_px: float, size: in
 def _read(slide: Slide, corner: np.ndarray, span: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
     level = slide.level_for(span[0] / size[0])
     factor = slide.downsample(level)
-    x, y = np.round((corner + 0.5) / factor).astype(int).tolist()
+    x, y = np.round(corner / factor).astype(int).tolist()
     region = slide.read_region(level, x, y, *(max(1, round(side / factor)) for side in span))
     shrinks = region.shape[1] >= size[0]
     return cv2.resize(region, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)

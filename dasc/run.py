@@ -100,8 +100,8 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
         torch.save(checkpoint, temporary)
 
 
-def record_run(out: Path, args: argparse.Namespace, **facts: Any) -> None:
-    """Write run.json beside the output: command, arguments, versions and whatever the script adds."""
+def record_run(out: Path, args: argparse.Namespace, **facts: Any) -> dict[str, Any]:
+    """Write run.json beside the output: command, arguments, versions and whatever the script adds; return it."""
     content = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "arguments": vars(args),
@@ -113,4 +113,6 @@ def record_run(out: Path, args: argparse.Namespace, **facts: Any) -> None:
         },
         **facts,
     }
-    write_json(Path(out) / "run.json", json.loads(json.dumps(content, default=str)))
+    content = json.loads(json.dumps(content, default=str))
+    write_json(Path(out) / "run.json", content)
+    return content

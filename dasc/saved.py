@@ -44,7 +44,7 @@ class SavedScan:
         for name, value in self.settings.items():
             if begun.get(name) != value:
                 raise InputError(
-                    f"{self.path}: was begun with {name} {begun.get(name)}, not {value}; leave out --resume to begin anew"
+                    f"{self.path}: was begun with {name} {begun.get(name)}, not {value}; leave out --resume"
                 )
         if finished:
             self.detections = pd.DataFrame(found, columns=COLUMNS, dtype=float)
