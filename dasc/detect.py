@@ -17,6 +17,7 @@ from dasc.stain import normalise_stain
 
 SECOND_LOOK_PER_MM2 = 300  # candidates seen again in every view: several times the densest tumours' mitoses
 AT_LEAST = 16  # of them, however small the field is
+CPU_BATCH = 64  # patches scored together on a CPU, whose caches hold no more: a third faster than 256
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +27,11 @@ def score_patches(network: SearchNetwork, patches: torch.Tensor, batch_size: int
     """p(mitosis) of patches (N, 3, S, S) uint8 anywhere: (N,) on the CPU.
 
     Args:
-        batch_size: patches scored together; halved as often as the device's memory is too small for it.
+        batch_size: patches scored together, on a CPU no more than CPU_BATCH; halved where the device's memory is full.
         views: how many right-angle views of a patch are averaged, in logits: 1, 2, 4 or 8.
     """
+    if next(network.parameters()).device.type == "cpu":
+        batch_size = min(batch_size, CPU_BATCH)
     scores, start = [torch.empty(0)], 0
     while start < len(patches):
         try:

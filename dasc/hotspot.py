@@ -30,15 +30,15 @@ class Hotspot:
 def find_hotspot(
     points_px: np.ndarray, width_px: int, height_px: int, um_per_px: float, window_mm2: float = WINDOW_MM2
 ) -> Hotspot:
-    """The window with the most mitoses (N, 2) of an image: exact, over all places and not those of a grid.
+    """The window with the most mitoses (N, 2) of an image: exact, over all places, not those of a grid.
 
     The window is an upright square. Guidelines give the area and leave the shape open; the regions of digital studies
     and of the public challenges are upright rectangles, which a viewer draws and crops, while a circle is the shape
     of one of the microscope's ten fields and not of all ten together. In an image narrower than the square the window
     is as narrow and longer, so that it keeps its area; an image smaller than that is its own window.
 
-    Some best window has a mitosis on its left edge and one on its top edge. So for every mitosis as the left edge, those
-    in the strip to the right of it are sorted by y, and a binary search counts how far the window reaches below
+    Some best window has a mitosis on its left edge and one on its top edge. So for every mitosis as the left edge,
+    those in the strip to the right of it are sorted by y, and a binary search counts how far the window reaches below
     each: O(n^2 log n) in the worst case, much less where few mitoses share a strip. The window returned is moved so
     that what it holds lies in its middle, as far as the image reaches. Of equal ones, the leftmost, then topmost.
     """
