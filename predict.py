@@ -7,6 +7,7 @@ with a dataset metrics.json and metrics_per_field.csv too.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from urllib.parse import quote
@@ -21,12 +22,22 @@ from dasc.detect import scan_field
 from dasc.export import write_counts, write_detections, write_geojson, write_mitotic_figures
 from dasc.fields import choose_resolution, find_images
 from dasc.figures import overlay, write_png
-from dasc.hotspot import find_hotspot
+from dasc.hotspot import Hotspot, find_hotspot
 from dasc.manifest import sha256
 from dasc.metrics import evaluate
 from dasc.network import load_network
 from dasc.report import PICTURE_PX, report_entry, write_report
-from dasc.run import InputError, pick_device, record_run, run_script, true_or_false, write_csv, write_json
+from dasc.run import (
+    InputError,
+    WriteError,
+    only_run,
+    pick_device,
+    record_run,
+    run_script,
+    true_or_false,
+    write_csv,
+    write_json,
+)
 from dasc.saved import SavedScan
 from dasc.scan import scan_slide
 from dasc.slides import Slide, open_slide, read_overview
@@ -96,14 +107,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     fields, annotations = dataset_fields(args) if args.dataset else image_fields(args.images)
-    model_path, out = Path(args.model_path), Path(args.out)
+    model_path = Path(args.model_path)
     network, config = load_network(model_path, pick_device(args.device))
     threshold = resolve_threshold(args.threshold, config, model_path)
+    with only_run(Path(args.out)):
+        return predict(fields, annotations, network, config, threshold, args)
+
+
+def predict(
+    fields: pd.DataFrame, annotations: pd.DataFrame | None, network, config: dict, threshold: float, args
+) -> int:
+    """Scan every image, write what is found and judge it where there are annotations; 1 if an image was skipped."""
+    model_path, out = Path(args.model_path), Path(args.out)
     smallest = min(args.smallest, threshold)
     model_sha256 = sha256(model_path)
     tables, counts, entries, skipped = [], [], [], {}
     for field in tqdm(list(fields.itertuples()), desc="images", unit="image"):
-        folder = out / quote(field.image, safe=" ")
+        folder = out / quote(os.fsencode(field.image), safe=" ")
         try:
             with open_slide(Path(field.file)) as slide:
                 um_per_px, source = choose_resolution(
@@ -124,21 +144,22 @@ def main(args: argparse.Namespace) -> int:
                     y_um=detections["y_px"] * um_per_px,
                     mitosis=detections["probability"] >= threshold,
                 )
-                facts = count_mitoses(slide, detections, um_per_px, source, tissue, field.image)
+                facts, hotspot = count_mitoses(slide, detections, um_per_px, source, tissue, field.image)
                 truth = None
                 if annotations is not None:
                     annotations, truth = known_points(annotations, field.image, slide.width, slide.height)
                 write_image(folder, slide, detections, um_per_px, threshold, smallest, tissue, truth, args)
                 if args.report:
-                    hotspot = facts.pop("hotspot")
                     entries.append(
                         report_entry(slide, um_per_px, overview, detections, hotspot, facts, args.thumbnails)
                     )
+        except WriteError:  # a full disk: every image after this one would fail too
+            raise
         except InputError as error:
             skipped[field.image] = str(error)
             tqdm.write(f"skipped {field.image}: {error}", file=sys.stderr)
             continue
-        counts.append({name: value for name, value in facts.items() if name != "hotspot"})
+        counts.append(facts)
         tables.append(detections)
 
     if not tables:
@@ -198,13 +219,15 @@ def find_mitoses(
     return detections
 
 
-def count_mitoses(slide: Slide, detections: pd.DataFrame, um_per_px, source, tissue: Tissue | None, name: str) -> dict:
-    """The image's row of counts.csv, with its hotspot beside it."""
+def count_mitoses(
+    slide: Slide, detections: pd.DataFrame, um_per_px, source, tissue: Tissue | None, name: str
+) -> tuple[dict, Hotspot]:
+    """The image's row of counts.csv, and its hotspot."""
     mitoses_px = detections.loc[detections["mitosis"], ["x_px", "y_px"]].to_numpy(float)
     hotspot = find_hotspot(mitoses_px, slide.width, slide.height, um_per_px)
     whole_mm2 = slide.width * slide.height * um_per_px**2 / 1e6
     area_mm2 = whole_mm2 if tissue is None else tissue.area_mm2(um_per_px)
-    return {
+    facts = {
         "image": name,
         "width_px": slide.width,
         "height_px": slide.height,
@@ -222,8 +245,8 @@ def count_mitoses(slide: Slide, detections: pd.DataFrame, um_per_px, source, tis
         "hotspot_y_px": hotspot.y_px,
         "hotspot_width_px": hotspot.width_px,
         "hotspot_height_px": hotspot.height_px,
-        "hotspot": hotspot,
     }
+    return facts, hotspot
 
 
 def image_fields(paths: list[str]) -> tuple[pd.DataFrame, None]:

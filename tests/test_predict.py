@@ -1,7 +1,11 @@
 """Stage 9: what is written for images and datasets, and what happens to bad input."""
 
 import json
+import os
+import platform
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -12,7 +16,7 @@ from pipeline import call, fails, succeed
 
 from dasc.fields import read_field
 from dasc.network import read_checkpoint
-from dasc.run import save_checkpoint
+from dasc.run import WriteError, save_checkpoint
 
 
 def model(small_run):
@@ -133,6 +137,51 @@ def test_a_slide_is_scanned_resumed_and_reported(small_run, tmp_path):
     assert done.status == 1 and "per_mm2 1800.0, not 900.0" in done.err
     (own / "scan.json").write_text("{")
     assert "not a scan" in call("predict.py", *flags, "--resume").err
+
+
+def test_faults_of_images_and_folders(small_run, tmp_path, monkeypatch):
+    """Names that are no text, images smaller than a patch, an absurd resolution, a resolution nobody scans at."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    stain = np.full((20, 30, 3), (200, 150, 200), np.uint8)
+    tifffile.imwrite(folder / "tiny.tif", stain, photometric="rgb", resolution=(40000, 40000), resolutionunit=3)
+    tifffile.imwrite(folder / "screen.tif", stain, photometric="rgb", resolution=(72, 72), resolutionunit=2)
+    if sys.platform == "linux":
+        shutil.copy(folder / "tiny.tif", os.fsencode(folder) + b"/\xff.tif")
+    done = call("predict.py", *model(small_run), "--images", folder, "--out", tmp_path / "out")
+    counts = pd.read_csv(tmp_path / "out/counts.csv")
+    assert done.status == 1 and "screen.tif: states no resolution" in done.err
+    assert len(counts) == (2 if sys.platform == "linux" else 1) and (counts["mitoses"] == 0).all()
+    assert (tmp_path / "out/report.html").is_file()
+    flags = ["--images", folder / "tiny.tif", "--um_per_px", 25, "--out", tmp_path / "far"]
+    fails("predict.py", *model(small_run), *flags, says="--um_per_px")
+
+
+def test_where_nothing_can_be_written_it_stops(small_run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    flags = ["--images", small_run / "sample/images/009.tiff", "--views", 1]
+    done = fails("predict.py", *model(small_run), *flags, "--out", tmp_path / "file/out", says="cannot be written")
+    assert "skipped" not in done.err
+    monkeypatch.setattr("dasc.saved.write_json", full_disk)
+    done = fails("predict.py", *model(small_run), *flags, "--out", tmp_path / "out", says="No space left")
+    assert "skipped" not in done.err and not (tmp_path / "out/.lock").exists()
+
+
+def full_disk(path, content):
+    raise WriteError(f"{path}: cannot be written (No space left on device)")
+
+
+def test_two_runs_in_one_folder(small_run, tmp_path):
+    flags = [*model(small_run), "--images", small_run / "sample/images/009.tiff", "--views", 1, "--out", tmp_path]
+    (tmp_path / ".lock").write_text("process 1 on another-host")
+    fails("predict.py", *flags, says="process 1 on another-host")
+    (tmp_path / ".lock").write_text(f"process {os.getppid()} on {platform.node()}")
+    fails("predict.py", *flags, says="another run writes here")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / ".lock").write_text(f"process {ended.pid} on {platform.node()}")
+    succeed("predict.py", *flags)
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_goals_and_numbers_for_the_threshold(small_run, tmp_path):
