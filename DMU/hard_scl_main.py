@@ -2,7 +2,8 @@
 
 Reads SCL.csv of stage 7, the patches it names, the val patches, and the dataset's val fields for the threshold.
 Writes OUT/model.pt (best epoch on val), subclasses.csv (subclass of every training patch), log.csv, curves.png,
-val_curve.csv, subclasses.png (patches of each subclass), embedding.png, run.json and, to resume from, last.pt.
+val_curve.csv, reliability.png (calibration), subclasses.png (patches of each subclass), embedding.png, run.json and, to
+resume from, last.pt.
 """
 
 import argparse

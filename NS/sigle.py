@@ -1,7 +1,8 @@
 """Stage 2 of 9: train the search network that tells mitosis from negative patches.
 
 Reads patches.csv and the patches of stage 1 (or 3), and the dataset's val fields to choose the threshold.
-Writes OUT/model.pt (best epoch on val), log.csv, curves.png, val_curve.csv, run.json and, to resume from, last.pt.
+Writes OUT/model.pt (best epoch on val), log.csv, curves.png, val_curve.csv, reliability.png (calibration),
+run.json and, to resume from, last.pt.
 """
 
 import argparse
