@@ -131,6 +131,42 @@ def test_broken_slides_are_named(tmp_path, where):
             slide.read_region(0, 0, 0, 768, 640)
 
 
+def test_alpha_is_dropped_and_padding_is_white(tmp_path):
+    image = np.dstack([picture(), np.full((600, 700), 255, np.uint8)])
+    image[:100, :100] = 0
+    options = {"tile": (128, 128), "photometric": "rgb", "extrasamples": ["unassalpha"], "compression": "lzw"}
+    tifffile.imwrite(tmp_path / "a.tif", image, **options)
+    with open_slide(tmp_path / "a.tif") as slide:
+        region = slide.read_region(0, 50, 50, 200, 100)
+        assert isinstance(slide, TiffSlide) and region.shape == (100, 200, 3)
+    assert (region[:50, :50] == 255).all() and (region[50:] == image[100:150, 50:250, :3]).all()
+
+
+def test_what_a_scanner_never_saw_is_white_and_its_frame_is_known(tmp_path, monkeypatch):
+    """OpenSlide gives such pixels alpha 0; no small file of such a maker is at hand, so its reader is replaced."""
+
+    class Scanned:
+        level_dimensions, level_downsamples = ((700, 600), (175, 150)), (1.0, 4.0)
+
+        def __init__(self):
+            self.properties = {"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.2501", "openslide.bounds-x": "40"}
+
+        def read_region(self, place, level, size):
+            self.asked = (place, level, size)
+            pixels = np.zeros((size[1], size[0], 4), np.uint8)
+            pixels[:, 5:] = (90, 60, 120, 255)
+            return Image.fromarray(pixels)
+
+    scanned = Scanned()
+    monkeypatch.setattr(slides.openslide, "OpenSlide", lambda path: scanned)
+    slide = MakersSlide(tmp_path / "a.mrxs", "mirax")
+    region = slide.read_region(1, 10, 20, 30, 40)
+    assert scanned.asked == ((40, 80), 1, (30, 40)) and slide.um_per_px == 0.25 and slide.origin_px == (40, 0)
+    assert (region[:, :5] == 255).all() and (region[:, 5:] == (90, 60, 120)).all()
+    scanned.properties = {"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.5"}
+    assert MakersSlide(tmp_path / "a.mrxs", "mirax").um_per_px is None
+
+
 def test_paths_of_every_alphabet(tmp_path):
     folder = tmp_path / "Präparat 病理 ü"
     folder.mkdir()
