@@ -18,15 +18,14 @@ from tqdm import tqdm
 
 from dasc.calibration import UNCALIBRATED, resolve_threshold
 from dasc.datasets import READERS, drop_outside, read_dataset
-from dasc.detect import scan_field
 from dasc.export import write_counts, write_detections, write_geojson, write_mitotic_figures
 from dasc.fields import choose_resolution, find_images
 from dasc.figures import overlay, write_png
-from dasc.hotspot import Hotspot, find_hotspot
+from dasc.image_scan import count_mitoses, find_mitoses, look_over
 from dasc.manifest import sha256
 from dasc.metrics import evaluate
 from dasc.network import load_network
-from dasc.report import PICTURE_PX, report_entry, write_report
+from dasc.report import report_entry, write_report
 from dasc.run import (
     InputError,
     WriteError,
@@ -38,13 +37,8 @@ from dasc.run import (
     write_csv,
     write_json,
 )
-from dasc.saved import SavedScan
-from dasc.scan import scan_slide
-from dasc.slides import Slide, open_slide, read_overview
+from dasc.slides import Slide, open_slide
 from dasc.splits import parse_cases
-from dasc.tiles import Tissue
-from dasc.tissue import UM_PER_PX as TISSUE_UM_PER_PX
-from dasc.tissue import find_tissue
 
 # Edit here, or override one run with the flag of the same name.
 IMAGES = ["data/sample/images"]  # image files, or folders of them
@@ -129,22 +123,30 @@ def predict(
                 um_per_px, source = choose_resolution(
                     slide.path, args.um_per_px, field.um_per_px, lambda slide=slide: slide.um_per_px
                 )
-                settings = {
-                    "model_sha256": model_sha256,
-                    "um_per_px": um_per_px,
-                    "file_bytes": slide.path.stat().st_size,
-                    "smallest": smallest,
-                } | {name: getattr(args, name) for name in ("per_mm2", "merge_um", "views", "whole_px")}
-                saved = SavedScan(folder / "scan.json", settings, args.resume)
-                overview, tissue = look_over(slide, um_per_px, args)
-                detections = find_mitoses(network, config, slide, um_per_px, tissue, saved, smallest, args)
+                overview, tissue = look_over(slide, um_per_px, args.whole_px, args.workers)
+                detections = find_mitoses(
+                    network,
+                    config,
+                    slide,
+                    um_per_px,
+                    tissue,
+                    folder / "scan.json",
+                    model_sha256,
+                    batch_size=args.batch_size,
+                    per_mm2=args.per_mm2,
+                    merge_um=args.merge_um,
+                    views=args.views,
+                    smallest=smallest,
+                    workers=args.workers,
+                    resume=args.resume,
+                )
                 detections = detections.assign(
                     image=field.image,
                     x_um=detections["x_px"] * um_per_px,
                     y_um=detections["y_px"] * um_per_px,
                     mitosis=detections["probability"] >= threshold,
                 )
-                facts, hotspot = count_mitoses(slide, detections, um_per_px, source, tissue, field.image)
+                facts, hotspot = count_mitoses(slide, field.image, detections, um_per_px, source, tissue)
                 truth = None
                 if annotations is not None:
                     annotations, truth = known_points(annotations, field.image, slide.width, slide.height)
@@ -184,69 +186,6 @@ def predict(
     print(summary(counts, skipped))
     print(f"{judged}detections, tables and report.html are in {out}; {len(skipped)} images skipped")
     return 1 if skipped else 0
-
-
-def look_over(slide: Slide, um_per_px: float, args: argparse.Namespace) -> tuple[np.ndarray, Tissue | None]:
-    """The whole image at low magnification, and where the tissue is if it is to be scanned as a slide."""
-    if slide.width * slide.height <= args.whole_px:
-        return read_overview(slide, max(1.0, max(slide.width, slide.height) / PICTURE_PX), args.workers)[0], None
-    overview, pixel_px = read_overview(slide, TISSUE_UM_PER_PX / um_per_px, args.workers)
-    return overview, Tissue(find_tissue(overview, pixel_px * um_per_px), pixel_px)
-
-
-def find_mitoses(
-    network,
-    config: dict,
-    slide: Slide,
-    um_per_px: float,
-    tissue: Tissue | None,
-    saved: SavedScan,
-    smallest: float,
-    args,
-) -> pd.DataFrame:
-    """Detections of one image; those of an earlier run where it finished the image."""
-    if saved.detections is not None:
-        return saved.detections
-    options = {"batch_size": args.batch_size, "per_mm2": args.per_mm2, "merge_um": args.merge_um, "views": args.views}
-    options["smallest"] = smallest
-    if tissue is None:
-        image = slide.read_region(0, 0, 0, slide.width, slide.height)
-        detections = scan_field(network, config, image, um_per_px, **options)
-    else:
-        options |= {"workers": args.workers, "progress": saved.progress, "save": saved.save}
-        detections = scan_slide(network, config, slide, um_per_px, tissue, **options)
-    saved.finish(detections)
-    return detections
-
-
-def count_mitoses(
-    slide: Slide, detections: pd.DataFrame, um_per_px, source, tissue: Tissue | None, name: str
-) -> tuple[dict, Hotspot]:
-    """The image's row of counts.csv, and its hotspot."""
-    mitoses_px = detections.loc[detections["mitosis"], ["x_px", "y_px"]].to_numpy(float)
-    hotspot = find_hotspot(mitoses_px, slide.width, slide.height, um_per_px)
-    whole_mm2 = slide.width * slide.height * um_per_px**2 / 1e6
-    area_mm2 = whole_mm2 if tissue is None else tissue.area_mm2(um_per_px)
-    facts = {
-        "image": name,
-        "width_px": slide.width,
-        "height_px": slide.height,
-        "um_per_px": um_per_px,
-        "um_per_px_source": source,
-        "reader": slide.reader,
-        "mitoses": len(mitoses_px),
-        "area_mm2": area_mm2,
-        "area_of": "image" if tissue is None else "tissue",
-        "mitoses_per_mm2": len(mitoses_px) / area_mm2 if area_mm2 else 0.0,
-        "hotspot_mitoses": hotspot.mitoses,
-        "hotspot_mm2": hotspot.area_mm2(um_per_px),
-        "hotspot_of": "whole image" if hotspot.whole else "window",
-        "hotspot_x_px": hotspot.x_px,
-        "hotspot_y_px": hotspot.y_px,
-        "hotspot_width_px": hotspot.width_px,
-        "hotspot_height_px": hotspot.height_px,
-    }
-    return facts, hotspot
 
 
 def image_fields(paths: list[str]) -> tuple[pd.DataFrame, None]:

@@ -16,7 +16,8 @@ from dasc.run import InputError, replacing
 
 UNCALIBRATED = {"temperature": 1.0, "offset": 0.0}
 FEWEST = 10  # right and wrong detections without which nothing is fitted
-BINS = 10  # of the reliability plot, with as many detections in each
+BINS = 10  # of the reliability plot, equally wide; those with fewer than FEWEST_IN_BIN detections are left out
+FEWEST_IN_BIN = 5
 
 
 def right_detections(fields: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], radius: float) -> np.ndarray:
@@ -99,9 +100,9 @@ def reliability(path: Path, probabilities: np.ndarray, right: np.ndarray, config
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color="0.8")
     for name, shown in (("network", probabilities), ("calibrated", calibrate(probabilities, config))):
-        groups = np.array_split(np.argsort(shown, kind="stable"), min(BINS, max(1, len(shown) // FEWEST)))
-        places = [(shown[group].mean(), right[group].mean()) for group in groups if len(group)]
-        axis.plot(*zip(*places, strict=True), marker="o", label=name) if places else None
+        bins = np.minimum((shown * BINS).astype(int), BINS - 1)
+        groups = [bins == one for one in range(BINS) if (bins == one).sum() >= FEWEST_IN_BIN]
+        axis.plot([shown[one].mean() for one in groups], [right[one].mean() for one in groups], marker="o", label=name)
     axis.set(xlabel="mean probability", ylabel="share of detections that are right", xlim=(0, 1), ylim=(0, 1))
     axis.set_title(f"val fields, {len(right)} detections, {int(right.sum())} right", fontsize=10)
     axis.legend(loc="upper left")
