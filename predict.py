@@ -1,27 +1,43 @@
 """Stage 9 of 9: find the mitoses of new images, or of a dataset's fields and judge them by its annotations.
 
-Reads images (TIFF, PNG, JPEG, BMP) and a model.pt of stage 2 or 8.
-Writes OUT/detections.csv, counts.csv, run.json; per image a QuPath GeoJSON, mitotic-figures.json and an overlay PNG;
+Reads images (whole slides of OpenSlide's formats, TIFF, PNG, JPEG, BMP) and a model.pt of stage 2 or 8.
+Writes OUT/detections.csv, counts.csv (mitoses, density and hotspot of every image), report.html and run.json; per image
+a QuPath GeoJSON, mitotic-figures.json, scan.json to resume from and an overlay PNG, for a slide tissue.png instead;
 with a dataset metrics.json and metrics_per_field.csv too.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from urllib.parse import quote
 
+import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from dasc.calibration import UNCALIBRATED, resolve_threshold
 from dasc.datasets import READERS, drop_outside, read_dataset
-from dasc.detect import scan_field
-from dasc.export import write_detections, write_geojson, write_mitotic_figures
-from dasc.fields import find_images, read_field, resolution
+from dasc.export import write_counts, write_detections, write_geojson, write_mitotic_figures
+from dasc.fields import choose_resolution, find_images
 from dasc.figures import overlay, write_png
+from dasc.image_scan import count_mitoses, find_mitoses, look_over
 from dasc.manifest import sha256
 from dasc.metrics import evaluate
 from dasc.network import load_network
-from dasc.run import InputError, pick_device, record_run, run_script, true_or_false, write_csv, write_json
+from dasc.report import report_entry, write_report
+from dasc.run import (
+    InputError,
+    WriteError,
+    only_run,
+    pick_device,
+    record_run,
+    run_script,
+    true_or_false,
+    write_csv,
+    write_json,
+)
+from dasc.slides import Slide, open_slide
 from dasc.splits import parse_cases
 
 # Edit here, or override one run with the flag of the same name.
@@ -29,12 +45,17 @@ IMAGES = ["data/sample/images"]  # image files, or folders of them
 MODEL_PATH = "results/DMU_scl/model.pt"  # the trained network
 OUT = "results/predict"  # folder to write
 UM_PER_PX = 0.0  # resolution of the images in um/px; 0: as the file or the dataset states it
-THRESHOLD = 0.0  # p(mitosis) from which a detection counts; 0: the checkpoint's own, chosen on val
+THRESHOLD = (
+    "best"  # p(mitosis) from which a detection counts: a number, or by val: best (F1), precision=0.8, recall=0.9
+)
 PER_MM2 = 1800.0  # candidates looked at per mm2, best ranked first; fewer is faster and misses more
 MERGE_UM = 7.5  # detections nearer than this become the strongest of them
 VIEWS = 8  # right-angle views averaged for every likely candidate: 1, 2, 4 or 8
 SMALLEST = 0.05  # detections below this probability are not written
-OVERLAYS = True  # draw the detections on a copy of every image
+WHOLE_PX = 50_000_000  # images of more pixels are scanned as slides: tile by tile, on their tissue only
+OVERLAYS = True  # draw the detections on a copy of every field
+REPORT = True  # write report.html
+THUMBNAILS = 24  # detections of every image shown in the report, strongest first
 DATASET = ""  # judge a dataset instead of reading IMAGES: sample, midog, mitos14, tupac16, tupac16_al or table
 DATA_ROOT = ""  # folder of that dataset
 SPLIT = "test"  # its fields: train, val or test
@@ -43,7 +64,9 @@ TEST = ""  # cases for the test
 MATCH = "um"  # um: within 7.5 um, one to one; uts: within 30 px, many to one, as the paper counts
 DEVICE = "auto"  # auto, cpu, cuda or mps
 BATCH_SIZE = 256  # patches scored together; less takes less memory
+WORKERS = 2  # threads that read tiles and find candidates
 SEED = 0  # of the bootstrap interval
+RESUME = False  # True: skip the images that an earlier run finished, and go on within the one it was at
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,12 +76,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_path", default=MODEL_PATH, help="trained network")
     parser.add_argument("--out", default=OUT, help="folder to write")
     parser.add_argument("--um_per_px", type=float, default=UM_PER_PX, help="resolution of the images; 0: as stated")
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="p(mitosis); 0: the checkpoint's")
+    parser.add_argument("--threshold", default=THRESHOLD, help="p(mitosis): 0.4, best, precision=0.8 or recall=0.9")
     parser.add_argument("--per_mm2", type=float, default=PER_MM2, help="candidates looked at per mm2")
     parser.add_argument("--merge_um", type=float, default=MERGE_UM, help="nearer detections become one")
     parser.add_argument("--views", type=int, default=VIEWS, choices=(1, 2, 4, 8), help="views averaged per candidate")
     parser.add_argument("--smallest", type=float, default=SMALLEST, help="smallest probability written")
+    parser.add_argument("--whole_px", type=int, default=WHOLE_PX, help="larger images are scanned tile by tile")
     parser.add_argument("--overlays", type=true_or_false, default=OVERLAYS, help="draw the detections")
+    parser.add_argument("--report", type=true_or_false, default=REPORT, help="write report.html")
+    parser.add_argument("--thumbnails", type=int, default=THUMBNAILS, help="detections per image in the report")
     parser.add_argument("--dataset", default=DATASET, choices=["", *READERS], help="judge this dataset's fields")
     parser.add_argument("--data_root", default=DATA_ROOT, help="folder of the dataset")
     parser.add_argument("--split", default=SPLIT, choices=("train", "val", "test"), help="fields of the dataset")
@@ -67,77 +93,98 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--match", default=MATCH, choices=("um", "uts"), help="rule by which a detection is right")
     parser.add_argument("--device", default=DEVICE, help="auto, cpu, cuda or mps")
     parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="patches scored together")
+    parser.add_argument("--workers", type=int, default=WORKERS, help="threads that read tiles")
     parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--resume", type=true_or_false, nargs="?", const=True, default=RESUME)
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
     fields, annotations = dataset_fields(args) if args.dataset else image_fields(args.images)
-    network, config = load_network(Path(args.model_path), pick_device(args.device))
-    threshold = args.threshold or config["threshold"]
-    out = Path(args.out)
-    tables, counts, skipped = [], [], {}
-    for field in tqdm(list(fields.itertuples()), desc="fields", unit="field"):
+    model_path = Path(args.model_path)
+    network, config = load_network(model_path, pick_device(args.device))
+    threshold = resolve_threshold(args.threshold, config, model_path)
+    with only_run(Path(args.out)):
+        return predict(fields, annotations, network, config, threshold, args)
+
+
+def predict(
+    fields: pd.DataFrame, annotations: pd.DataFrame | None, network, config: dict, threshold: float, args
+) -> int:
+    """Scan every image, write what is found and judge it where there are annotations; 1 if an image was skipped."""
+    model_path, out = Path(args.model_path), Path(args.out)
+    smallest = min(args.smallest, threshold)
+    model_sha256 = sha256(model_path)
+    tables, counts, entries, skipped = [], [], [], {}
+    for field in tqdm(list(fields.itertuples()), desc="images", unit="image"):
+        folder = out / quote(os.fsencode(field.image), safe=" ")
         try:
-            image = read_field(Path(field.file))
-            um_per_px, source = resolution(Path(field.file), args.um_per_px, field.um_per_px)
-            detections = scan_field(
-                network,
-                config,
-                image,
-                um_per_px,
-                batch_size=args.batch_size,
-                per_mm2=args.per_mm2,
-                merge_um=args.merge_um,
-                views=args.views,
-                smallest=args.smallest,
-            )
+            with open_slide(Path(field.file)) as slide:
+                um_per_px, source = choose_resolution(
+                    slide.path, args.um_per_px, field.um_per_px, lambda slide=slide: slide.um_per_px
+                )
+                overview, tissue = look_over(slide, um_per_px, args.whole_px, args.workers)
+                detections = find_mitoses(
+                    network,
+                    config,
+                    slide,
+                    um_per_px,
+                    tissue,
+                    folder / "scan.json",
+                    model_sha256,
+                    batch_size=args.batch_size,
+                    per_mm2=args.per_mm2,
+                    merge_um=args.merge_um,
+                    views=args.views,
+                    smallest=smallest,
+                    workers=args.workers,
+                    resume=args.resume,
+                )
+                detections = detections.assign(
+                    image=field.image,
+                    x_um=detections["x_px"] * um_per_px,
+                    y_um=detections["y_px"] * um_per_px,
+                    mitosis=detections["probability"] >= threshold,
+                )
+                facts, hotspot = count_mitoses(slide, field.image, detections, um_per_px, source, tissue)
+                truth = None
+                if annotations is not None:
+                    annotations, truth = known_points(annotations, field.image, slide.width, slide.height)
+                write_image(folder, slide, detections, um_per_px, threshold, smallest, tissue, truth, args)
+                if args.report:
+                    entries.append(
+                        report_entry(slide, um_per_px, overview, detections, hotspot, facts, args.thumbnails)
+                    )
+        except WriteError:  # a full disk: every image after this one would fail too
+            raise
         except InputError as error:
             skipped[field.image] = str(error)
             tqdm.write(f"skipped {field.image}: {error}", file=sys.stderr)
             continue
-        detections = detections.assign(
-            image=field.image,
-            x_um=detections["x_px"] * um_per_px,
-            y_um=detections["y_px"] * um_per_px,
-            mitosis=detections["probability"] >= threshold,
-        )
-        height, width = image.shape[:2]
-        truth = None
-        if annotations is not None:
-            annotations, truth = known_points(annotations, field.image, width, height)
-        write_field(out, field.image, image, detections, um_per_px, threshold, truth, args)
-        mitoses, area_mm2 = int(detections["mitosis"].sum()), width * height * um_per_px**2 / 1e6
-        counts.append((field.image, width, height, um_per_px, source, mitoses, area_mm2, mitoses / area_mm2))
+        counts.append(facts)
         tables.append(detections)
 
     if not tables:
-        raise InputError(f"none of the {len(fields)} fields could be read; the first: {next(iter(skipped.values()))}")
-    detections = pd.concat(tables, ignore_index=True)
+        raise InputError(f"none of the {len(fields)} images could be read; the first: {next(iter(skipped.values()))}")
+    detections, counts = pd.concat(tables, ignore_index=True), pd.DataFrame(counts)
     write_detections(out / "detections.csv", detections)
-    columns = [
-        "image",
-        "width_px",
-        "height_px",
-        "um_per_px",
-        "um_per_px_source",
-        "mitoses",
-        "area_mm2",
-        "mitoses_per_mm2",
-    ]
-    counts = pd.DataFrame(counts, columns=columns)
-    write_csv(out / "counts.csv", counts.round({"area_mm2": 6, "mitoses_per_mm2": 3}))
-    summary = f"{counts['mitoses'].sum()} mitoses in {len(counts)} fields, {counts['area_mm2'].sum():.2f} mm2"
+    write_counts(out / "counts.csv", counts)
+    judged = ""
     if annotations is not None:
         resolutions = dict(zip(counts["image"], counts["um_per_px"], strict=True))
         metrics, per_field = evaluate(annotations, detections, resolutions, threshold, args.match, seed=args.seed)
         write_json(out / "metrics.json", metrics)
         write_csv(out / "metrics_per_field.csv", per_field)
-        summary += "\nF1 {f1:.3f} ({f1_low:.3f}-{f1_high:.3f}), precision {precision:.3f}, recall {recall:.3f}".format(
+        judged = "F1 {f1:.3f} ({f1_low:.3f}-{f1_high:.3f}), precision {precision:.3f}, recall {recall:.3f}\n".format(
             **metrics
         )
-    record_run(out, args, model_sha256=sha256(Path(args.model_path)), threshold=threshold, skipped=skipped)
-    print(f"{summary}\ndetections, overlays and tables are in {out}; {len(skipped)} fields skipped")
+    run = record_run(out, args, model_sha256=model_sha256, threshold=threshold, skipped=skipped)
+    if args.report:
+        calibrated = any(config.get(name, value) != value for name, value in UNCALIBRATED.items())
+        calibration = "probabilities calibrated on val" if calibrated else "probabilities not calibrated"
+        write_report(out / "report.html", entries, skipped, threshold, calibration, run)
+    print(summary(counts, skipped))
+    print(f"{judged}detections, tables and report.html are in {out}; {len(skipped)} images skipped")
     return 1 if skipped else 0
 
 
@@ -169,17 +216,30 @@ def known_points(annotations: pd.DataFrame, image: str, width: int, height: int)
     return pd.concat([annotations[annotations["image"] != image], here]), here
 
 
-def write_field(out: Path, name: str, image, detections: pd.DataFrame, um_per_px, threshold, truth, args) -> None:
+def write_image(
+    folder: Path, slide: Slide, detections: pd.DataFrame, um_per_px, threshold, smallest, tissue, truth, args
+) -> None:
     """Everything that is written per image, in a folder of the image's name."""
-    folder = out / quote(name, safe=" ")
-    write_geojson(folder / "detections.geojson", detections)
+    write_geojson(folder / "detections.geojson", detections, slide.origin_px)
     try:
-        write_mitotic_figures(folder / "mitotic-figures.json", detections, um_per_px, threshold, args.smallest)
+        write_mitotic_figures(folder / "mitotic-figures.json", detections, um_per_px, threshold, smallest)
     except InputError as error:  # the format ends at 10 mm; the other files hold all
+        (folder / "mitotic-figures.json").unlink(missing_ok=True)  # of an earlier run
         tqdm.write(f"not written: {error}", file=sys.stderr)
-    if args.overlays:
+    if tissue is not None:
+        write_png(folder / "tissue.png", np.repeat(tissue.mask[:, :, None], 3, axis=2).astype(np.uint8) * 255)
+    elif args.overlays:
         points = None if truth is None else truth[["x_px", "y_px"]].to_numpy(float)
+        image = slide.read_region(0, 0, 0, slide.width, slide.height)
         write_png(folder / "overlay.png", overlay(image, detections, um_per_px, points, args.match))
+
+
+def summary(counts: pd.DataFrame, skipped: dict[str, str]) -> str:
+    """The table printed at the end: a line per image, those skipped with the reason."""
+    shown = counts[["image", "mitoses", "area_mm2", "mitoses_per_mm2", "hotspot_mitoses", "hotspot_mm2", "hotspot_of"]]
+    lines = [shown.round(2).to_string(index=False), *(f"{name}: skipped: {why}" for name, why in skipped.items())]
+    lines.append(f"{counts['mitoses'].sum()} mitoses in {len(counts)} images, {counts['area_mm2'].sum():.2f} mm2")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

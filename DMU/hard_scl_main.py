@@ -2,7 +2,8 @@
 
 Reads SCL.csv of stage 7, the patches it names, the val patches, and the dataset's val fields for the threshold.
 Writes OUT/model.pt (best epoch on val), subclasses.csv (subclass of every training patch), log.csv, curves.png,
-val_curve.csv, subclasses.png (patches of each subclass), embedding.png, run.json and, to resume from, last.pt.
+val_curve.csv, reliability.png (calibration), subclasses.png (patches of each subclass), embedding.png, run.json and, to
+resume from, last.pt.
 """
 
 import argparse
@@ -259,7 +260,7 @@ def main(args: argparse.Namespace) -> int:
         write_csv(out / "log.csv", pd.DataFrame(log).round(6))
 
     average.load_state_dict(best)
-    config["threshold"], curve = threshold_on_val(
+    facts, curve = threshold_on_val(
         average,
         config,
         data_root,
@@ -269,7 +270,9 @@ def main(args: argparse.Namespace) -> int:
         per_mm2=args.per_mm2,
         match_um=args.match_um,
         views=args.views,
+        reliability_path=out / "reliability.png",
     )
+    config |= facts
     features = embed(average, train_patches, 2 * args.batch_size).numpy()
     train["subclass"] = subclasses(features, labels.numpy(), args.subclasses, args.seed)
     save_checkpoint(out / "model.pt", {"model": best, "config": config})

@@ -1,7 +1,8 @@
 """Stage 2 of 9: train the search network that tells mitosis from negative patches.
 
 Reads patches.csv and the patches of stage 1 (or 3), and the dataset's val fields to choose the threshold.
-Writes OUT/model.pt (best epoch on val), log.csv, curves.png, val_curve.csv, run.json and, to resume from, last.pt.
+Writes OUT/model.pt (best epoch on val), log.csv, curves.png, val_curve.csv, reliability.png (calibration),
+run.json and, to resume from, last.pt.
 """
 
 import argparse
@@ -163,7 +164,7 @@ def main(args: argparse.Namespace) -> int:
         write_csv(out / "log.csv", pd.DataFrame(log).round(6))
 
     average.load_state_dict(best)
-    config["threshold"], curve = threshold_on_val(
+    facts, curve = threshold_on_val(
         average,
         config,
         data_root,
@@ -173,7 +174,9 @@ def main(args: argparse.Namespace) -> int:
         per_mm2=args.per_mm2,
         match_um=args.match_um,
         views=args.views,
+        reliability_path=out / "reliability.png",
     )
+    config |= facts
     save_checkpoint(out / "model.pt", {"model": best, "config": config})
     write_csv(out / "val_curve.csv", curve.round(6))
     curves(out / "curves.png", pd.DataFrame(log), {"cross entropy": ["loss"], "F1 of the val patches": ["val_f1"]})

@@ -1,18 +1,25 @@
 """Scan a field with a network: candidates, probabilities, places, merging."""
 
+import logging
+
 import numpy as np
 import pandas as pd
 import torch
 from scipy.spatial import cKDTree
 
 from dasc.augment import dihedral, to_float
+from dasc.calibration import calibrate
 from dasc.network import SearchNetwork
 from dasc.nuclei import find_candidates
 from dasc.patches import PatchCutter
+from dasc.run import InputError
 from dasc.stain import normalise_stain
 
 SECOND_LOOK_PER_MM2 = 300  # candidates seen again in every view: several times the densest tumours' mitoses
 AT_LEAST = 16  # of them, however small the field is
+CPU_BATCH = 64  # patches scored together on a CPU, whose caches hold no more: a third faster than 256
+
+logger = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
@@ -20,16 +27,30 @@ def score_patches(network: SearchNetwork, patches: torch.Tensor, batch_size: int
     """p(mitosis) of patches (N, 3, S, S) uint8 anywhere: (N,) on the CPU.
 
     Args:
+        batch_size: patches scored together, on a CPU no more than CPU_BATCH; halved where the device's memory is full.
         views: how many right-angle views of a patch are averaged, in logits: 1, 2, 4 or 8.
     """
-    device = next(network.parameters()).device
-    scores = [torch.empty(0)]
-    for batch in patches.split(batch_size):
-        batch = to_float(batch.to(device))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = sum(network(dihedral(batch, view)).float() for view in range(views)) / views
-        scores.append(torch.softmax(logits, dim=1)[:, 1].cpu())
+    if next(network.parameters()).device.type == "cpu":
+        batch_size = min(batch_size, CPU_BATCH)
+    scores, start = [torch.empty(0)], 0
+    while start < len(patches):
+        try:
+            scores.append(_score_batch(network, patches[start : start + batch_size], views))
+            start += batch_size
+        except torch.OutOfMemoryError as error:
+            if batch_size == 1:
+                raise InputError("the device's memory does not hold one patch; use --device cpu") from error
+            batch_size //= 2
+            logger.warning("the device's memory is full: %d patches at a time from here on", batch_size)
     return torch.cat(scores)
+
+
+def _score_batch(network: SearchNetwork, batch: torch.Tensor, views: int) -> torch.Tensor:
+    device = next(network.parameters()).device
+    batch = to_float(batch.to(device))
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        logits = sum(network(dihedral(batch, view)).float() for view in range(views)) / views
+    return torch.softmax(logits, dim=1)[:, 1].cpu()
 
 
 def score_points(
@@ -67,14 +88,16 @@ def scan_field(
     merge_um: float,
     views: int,
     smallest: float,
+    calibrated: bool = True,
 ) -> pd.DataFrame:
     """Detections of one field (H, W, 3) uint8, strongest first: x_px, y_px in its own pixels, probability.
 
     Args:
-        config: the checkpoint's: patch_size in px, um_per_px, normalise_stain.
+        config: the checkpoint's: patch_size in px, um_per_px, normalise_stain, temperature, offset.
         per_mm2: candidates looked at per mm2. merge_um: detections nearer than this become the strongest of them.
         views: right-angle views averaged in a second look at the SECOND_LOOK_PER_MM2 best; 1 leaves it out.
         smallest: detections below this probability are left out.
+        calibrated: give probabilities as the checkpoint's calibration makes them; False: as the network does.
     """
     points_px, _ = find_candidates(image, um_per_px, per_mm2)
     shown = normalise_stain(image) if config["normalise_stain"] else image
@@ -85,6 +108,8 @@ def scan_field(
         best = np.argsort(-probabilities, kind="stable")[: max(AT_LEAST, round(SECOND_LOOK_PER_MM2 * area_mm2))]
         points_px = points_px[best]
         probabilities = score_points(network, cutter, points_px, batch_size, views)
+    if calibrated:
+        probabilities = calibrate(probabilities, config)
     worth = probabilities >= smallest
     points_px, probabilities = points_px[worth], probabilities[worth]
     kept = merge(points_px, probabilities, merge_um / um_per_px)

@@ -30,6 +30,12 @@ def write_detections(path: Path, table: pd.DataFrame) -> None:
     write_csv(path, table.round({name: 6 if name == "probability" else 3 for name in COLUMNS[1:-1]}))
 
 
+def write_counts(path: Path, table: pd.DataFrame) -> None:
+    """Write counts.csv: a row per image, names as in detections.csv, numbers rounded to 3 decimals, areas to 6."""
+    decimals = {name: 6 if name.endswith("_mm2") and "per" not in name else 3 for name in table if name != "um_per_px"}
+    write_csv(path, table.assign(image=[_cell(str(name)) for name in table["image"]]).round(decimals))
+
+
 def write_mitotic_figures(
     path: Path, detections: pd.DataFrame, um_per_px: float | None, threshold: float, smallest: float
 ) -> None:
@@ -56,17 +62,17 @@ def write_mitotic_figures(
     write_json(path, content | {"version": {"major": 1, "minor": 0}})
 
 
-def write_geojson(path: Path, detections: pd.DataFrame) -> None:
+def write_geojson(path: Path, detections: pd.DataFrame, origin_px: tuple[int, int] = (0, 0)) -> None:
     """Write one field's detections as a GeoJSON that QuPath imports with classes and scores.
 
     detections: image, x_px, y_px, probability, mitosis. QuPath counts from the corner of the first pixel,
-    we from its centre, so half a pixel is added. The ids are made from image and place: the same table, the
-    same bytes.
+    we from its centre, so half a pixel is added. It also cuts off what lies before a slide's scanned area, which
+    begins at origin_px. The ids are made from image and place: the same table, the same bytes.
     """
     columns = ["image", "x_px", "y_px", "probability", "mitosis"]
     features = []
     for image, x_px, y_px, probability, mitosis in detections[columns].itertuples(index=False, name=None):
-        place = [round(float(x_px) + 0.5, 3), round(float(y_px) + 0.5, 3)]
+        place = [round(float(v) - start + 0.5, 3) for v, start in zip((x_px, y_px), origin_px, strict=True)]
         properties = {
             "objectType": "detection",
             "classification": MITOTIC if mitosis else NON_MITOTIC,

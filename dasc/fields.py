@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,7 +17,8 @@ from dasc.run import InputError
 
 MAX_PIXELS = 1_000_000_000  # a field is held in memory whole, 3 bytes per pixel
 UM_PER_PX_RANGE = (0.1, 2.0)  # what a microscope gives; 72 dpi of an image editor is 352.8 um/px
-IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".svs", ".ndpi")
+IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")
+SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi")
 
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 APERIO_YCBCR_JPEG2000 = 33003  # tifffile hands its pixels out as YCbCr
@@ -36,12 +38,12 @@ def read_field(path: Path) -> np.ndarray:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            kind = _image_kind(file)
+            kind = image_kind(file)
             if kind is None:
                 raise ValueError("not a TIFF, PNG, JPEG or BMP image; convert it to one of them")
             return _read_tiff(file, path) if kind == "tiff" else _read_picture(file, kind, path)
     except Exception as error:  # decoders of broken files raise anything: OSError, struct.error, types of their own
-        raise InputError(f"{path}: cannot be read: {_reason(error)}") from error
+        raise InputError(f"{path}: cannot be read: {reason(error)}") from error
 
 
 def read_um_per_px(path: Path) -> float | None:
@@ -53,12 +55,12 @@ def read_um_per_px(path: Path) -> float | None:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            if _image_kind(file) != "tiff":
+            if image_kind(file) != "tiff":
                 return None
             with tifffile.TiffFile(file) as tif:
-                um_per_px = _stated_um_per_px(_full_page(tif))
+                um_per_px = _stated_um_per_px(full_page(tif))
     except Exception as error:  # as in read_field
-        raise InputError(f"{path}: cannot be read: {_reason(error)}") from error
+        raise InputError(f"{path}: cannot be read: {reason(error)}") from error
     low, high = UM_PER_PX_RANGE
     return um_per_px if um_per_px is not None and low <= um_per_px <= high else None
 
@@ -75,7 +77,7 @@ def find_images(paths: list[Path]) -> list[Path]:
         if path.is_dir():
             images = [file for file in _files_below(path) if _may_be_image(file)]
             if not images:
-                raise InputError(f"{path}: no image in this folder; expected TIFF, PNG, JPEG or BMP files")
+                raise InputError(f"{path}: no image in this folder; expected slides, TIFF, PNG, JPEG or BMP files")
         elif path.exists():
             images = [path]
         else:
@@ -100,16 +102,17 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def _may_be_image(path: Path) -> bool:
-    if path.suffix.lower() in IMAGE_SUFFIXES:
+    if path.suffix.lower() in (*IMAGE_SUFFIXES, *SLIDE_SUFFIXES):
         return True
     try:
         with path.open("rb") as file:
-            return _image_kind(file) is not None
+            return image_kind(file) is not None
     except OSError:
         return False
 
 
-def _image_kind(file: BinaryIO) -> str | None:
+def image_kind(file: BinaryIO) -> str | None:
+    """What the first bytes of a file say it is: tiff, png, jpeg, bmp or None."""
     start = file.read(18)
     file.seek(0)
     if start.startswith(TIFF_STARTS):
@@ -124,12 +127,14 @@ def _image_kind(file: BinaryIO) -> str | None:
     return None
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """An error of a decoder in one line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())
 
 
-def _check_size(width: int, height: int) -> None:
+def check_size(width: int, height: int) -> None:
+    """Raise ValueError where an image is too large to be held in memory whole."""
     if width * height > MAX_PIXELS:
         raise ValueError(
             f"{width} x {height} pixels is more than {MAX_PIXELS:,} (MAX_PIXELS); cut it into smaller regions"
@@ -138,7 +143,7 @@ def _check_size(width: int, height: int) -> None:
 
 def _read_picture(file: BinaryIO, kind: str, path: Path) -> np.ndarray:
     with Image.open(file) as image:
-        _check_size(*image.size)
+        check_size(*image.size)
         if kind in ("jpeg", "png"):
             file.seek(0)
             data = file.read()
@@ -147,9 +152,9 @@ def _read_picture(file: BinaryIO, kind: str, path: Path) -> np.ndarray:
                 if image.mode == "RGB":  # the same pixels as Pillow's in half the time
                     return imagecodecs.jpeg8_decode(data)
             elif data[24] == 16:  # bit depth; Pillow would drop the low byte
-                return _to_rgb(imagecodecs.png_decode(data), 16, path)
+                return to_rgb(imagecodecs.png_decode(data), 16, path)
         if image.has_transparency_data:
-            return _to_rgb(np.asarray(image.convert("RGBA")), 8, path)
+            return to_rgb(np.asarray(image.convert("RGBA")), 8, path)
         return np.array(image.convert("RGB"))
 
 
@@ -165,7 +170,7 @@ def _check_jpeg_end(data: bytes) -> None:
         raise ValueError("truncated JPEG: its end is missing; copy or download it again")
 
 
-def _full_page(tif: tifffile.TiffFile) -> tifffile.TiffPage:
+def full_page(tif: tifffile.TiffFile) -> tifffile.TiffPage:
     """Return the page of full resolution: the first that is not marked as a reduced copy."""
     series = next((one for one in tif.series if not one.keyframe.is_reduced), tif.series[0])
     if series.size != series.keyframe.size:
@@ -175,30 +180,37 @@ def _full_page(tif: tifffile.TiffFile) -> tifffile.TiffPage:
 
 def _read_tiff(file: BinaryIO, path: Path) -> np.ndarray:
     with tifffile.TiffFile(file) as tif:
-        page = _full_page(tif)
-        planes, depth, height, width, samples = page.shaped
-        _check_size(width, height)
-        if depth != 1 or planes * samples > 4 or not isinstance(page.bitspersample, int):
-            raise ValueError(f"shape {page.shape}, {page.bitspersample} bits; save it as 8-bit RGB")
-        if page.dtype.kind not in "bu" or page.bitspersample > 16:
-            raise ValueError(f"pixels of type {page.dtype}; expected 8 or 16 bit; save it as 8-bit RGB")
-        photometric = tifffile.PHOTOMETRIC(page.photometric)
-        is_ycbcr = photometric == tifffile.PHOTOMETRIC.YCBCR and (
-            page.compression not in (6, 7, 34892) or page.extrasamples  # JPEG's decoder turns it into RGB
-        )
-        if is_ycbcr or page.compression == APERIO_YCBCR_JPEG2000 or photometric not in (0, 1, 2, 3, 6):
-            raise ValueError(f"colours {photometric.name}, {page.compression!r}; save it as 8-bit RGB")
-        _check_segments(page, tif.filehandle.size)
+        page = full_page(tif)
+        planes, _, height, width, _ = page.shaped
+        check_size(width, height)
+        photometric = check_colours(page)
+        check_segments(page, tif.filehandle.size)
         image = page.asarray().reshape(page.shaped)[:, 0]
         image = np.moveaxis(image[..., 0], 0, -1) if planes > 1 else image[0]
         if photometric == tifffile.PHOTOMETRIC.PALETTE:
             colours = page.colormap.T[: 2**page.bitspersample]
             return (colours >> 8 if colours.max() > 255 else colours).astype(np.uint8)[image[..., 0]]
-        image = _to_rgb(image, page.bitspersample, path)
+        image = to_rgb(image, page.bitspersample, path)
         return 255 - image if photometric == tifffile.PHOTOMETRIC.MINISWHITE else image
 
 
-def _check_segments(page: tifffile.TiffPage, file_size: int) -> None:
+def check_colours(page: tifffile.TiffPage) -> tifffile.PHOTOMETRIC:
+    """Return how a page codes its colours; ValueError where they cannot be shown as 8-bit RGB without loss."""
+    planes, depth, _, _, samples = page.shaped
+    if depth != 1 or planes * samples > 4 or not isinstance(page.bitspersample, int):
+        raise ValueError(f"shape {page.shape}, {page.bitspersample} bits; save it as 8-bit RGB")
+    if page.dtype.kind not in "bu" or page.bitspersample > 16:
+        raise ValueError(f"pixels of type {page.dtype}; expected 8 or 16 bit; save it as 8-bit RGB")
+    photometric = tifffile.PHOTOMETRIC(page.photometric)
+    is_ycbcr = photometric == tifffile.PHOTOMETRIC.YCBCR and (
+        page.compression not in (6, 7, 34892) or page.extrasamples  # JPEG's decoder turns it into RGB
+    )
+    if is_ycbcr or page.compression == APERIO_YCBCR_JPEG2000 or photometric not in (0, 1, 2, 3, 6):
+        raise ValueError(f"colours {photometric.name}, {page.compression!r}; save it as 8-bit RGB")
+    return photometric
+
+
+def check_segments(page: tifffile.TiffPage, file_size: int) -> None:
     """Raise when strips or tiles are missing or reach past the end; tiles left out on purpose become white."""
     ends = [offset + count for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False)]
     expected = 1 if page.is_contiguous else math.prod(page.chunked)
@@ -222,7 +234,7 @@ def _stated_um_per_px(page: tifffile.TiffPage) -> float | None:
     return x if math.isclose(x, y, rel_tol=0.01) else None
 
 
-def _to_rgb(image: np.ndarray, bits: int, path: Path) -> np.ndarray:
+def to_rgb(image: np.ndarray, bits: int, path: Path) -> np.ndarray:
     """Turn (H, W) or (H, W, 1 to 4) of `bits` bits, gray or RGB, with or without alpha, into 8-bit RGB."""
     image = image.reshape(*image.shape[:2], -1)
     samples = image.shape[2]
@@ -250,11 +262,18 @@ def resolution(path: Path, override: float, stated: float) -> tuple[float, str]:
 
     Errors: InputError when none of them knows it.
     """
+    return choose_resolution(path, override, stated, lambda: read_um_per_px(path))
+
+
+def choose_resolution(
+    path: Path, override: float, stated: float, read: Callable[[], float | None]
+) -> tuple[float, str]:
+    """As `resolution`, with what the file states read by another reader than read_um_per_px."""
     if override > 0:
         return override, "flag"
     if stated > 0:
         return stated, "dataset"
-    um_per_px = read_um_per_px(path)
+    um_per_px = read()
     if um_per_px is None:
         raise InputError(f"{path}: states no resolution between 0.1 and 2.0 um/px; give it with --um_per_px")
     return um_per_px, "file"

@@ -32,6 +32,7 @@ BLACK = 12  # a pixel whose brightest channel is not above this is black
 PADDING_UM = 15.0  # black this wide is padding; less may be the heart of a mitosis on a dark scan
 WEIGHTS = (2.0, 3.8, -2.7, 0.5)  # contrast, hue of the core, hue of the nucleus, lightest place nearby
 SMALLEST_SPREAD = (0.02, 0.01, 0.01, 0.02)  # of each measure, for fields with hardly any nuclei
+MARGIN_UM = 64.0  # how far what lies beside a nucleus may change its measures, padding included
 FARTHEST = (-4.0, 8.0)  # a measure counts no further than this, in interquartile ranges from the median
 
 
@@ -45,6 +46,26 @@ def find_candidates(
     the field's other nuclei and no probability.
     Raises InputError when um_per_px lies outside 0.1-1.0 or the image is not 8-bit RGB.
     """
+    points_px, measures = measure_candidates(image, um_per_px)
+    if len(points_px) == 0:
+        return points_px, np.zeros(0)
+    score = score_candidates(measures, *spread_of(measures))
+    order = np.argsort(-score, kind="stable")
+    if per_mm2 is not None:
+        area_mm2 = image.shape[0] * image.shape[1] * um_per_px**2 / 1e6
+        order = order[: max(AT_LEAST, int(per_mm2 * area_mm2))]
+    return points_px[order], score[order]
+
+
+def measure_candidates(
+    image: np.ndarray, um_per_px: float, padding_density: tuple[float, float] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the nuclei of a field or of a part of one, unranked: points_px (N, 2) and measures (N, 4), both float64.
+
+    Nothing about a nucleus depends on what lies farther away than MARGIN_UM, but for black padding: it is given
+    padding_density (optical density of red, and of the three channels together), or the median of the image.
+    Raises InputError as `find_candidates`.
+    """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise InputError(f"image to search: found {image.dtype} {image.shape}, expected (H, W, 3) uint8 RGB")
     if not 0.1 <= um_per_px <= 1.0:
@@ -56,25 +77,25 @@ def find_candidates(
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     padding = _find_padding(small, working_um)
     if padding.all():
-        return np.zeros((0, 2)), np.zeros(0)
+        return np.zeros((0, 2)), np.zeros((0, 4))
     red, total = _optical_density(small)
     if padding.any():
         # With the tissue's median there, the nuclei beside it are neither hidden nor favoured.
-        red[padding], total[padding] = np.median(red[~padding]), np.median(total[~padding])
+        red[padding], total[padding] = padding_density or (np.median(red[~padding]), np.median(total[~padding]))
     column, row, measures = _measure(red, total, padding, working_um)
-    if len(row) == 0:
-        return np.zeros((0, 2)), np.zeros(0)
+    working_points = np.stack([column, row], axis=1).astype(np.float64)
+    return (working_points + 0.5) * [width / size[0], height / size[1]] - 0.5, measures
 
+
+def spread_of(measures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Median and interquartile range of each measure, (4,) and (4,), over candidates (N, 4)."""
     lower, middle, upper = np.percentile(measures, [25, 50, 75], axis=0)
-    standard = np.clip((measures - middle) / np.maximum(upper - lower, SMALLEST_SPREAD), *FARTHEST)
-    score = (standard * WEIGHTS).sum(axis=1)
-    order = np.argsort(-score, kind="stable")
-    if per_mm2 is not None:
-        area_mm2 = height * width * um_per_px**2 / 1e6
-        order = order[: max(AT_LEAST, int(per_mm2 * area_mm2))]
-    working_points = np.stack([column, row], axis=1)[order].astype(np.float64)
-    points_px = (working_points + 0.5) * [width / size[0], height / size[1]] - 0.5
-    return points_px, score[order]
+    return middle, np.maximum(upper - lower, SMALLEST_SPREAD)
+
+
+def score_candidates(measures: np.ndarray, middle: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """Score (N,) of candidates' measures (N, 4) against the median and interquartile range of their slide."""
+    return (np.clip((measures - middle) / spread, *FARTHEST) * WEIGHTS).sum(axis=1)
 
 
 def _optical_density(small: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

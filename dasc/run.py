@@ -20,6 +20,10 @@ class InputError(Exception):
     """Something the user can mend: the message says what was found, what was expected and what to do."""
 
 
+class WriteError(InputError):
+    """A file that cannot be written: what comes after it cannot be either."""
+
+
 def run_script(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> None:
     """Call `main(args)` and leave with its exit status; an InputError becomes one line and status 1.
 
@@ -72,10 +76,57 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise WriteError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_run(out: Path) -> Iterator[None]:
+    """Hold `out` for this run: a second run in it raises InputError, one that was killed leaves it free.
+
+    OUT/.lock names the process and its host while the block lasts.
+    """
+    path = Path(out) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and _is_stale(path):
+            path.unlink()
+        file = path.open("x", encoding="utf-8")
+    except FileExistsError as error:
+        raise InputError(
+            f"{out}: another run writes here ({path.read_text(encoding='utf-8')}); wait for it or choose another "
+            f"--out; if it is gone, delete {path}"
+        ) from error
+    except OSError as error:
+        raise WriteError(f"{out}: cannot be written ({error.strerror or error})") from error
+    with file:
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.close()  # Windows deletes no open file
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()  # where nothing was written
+
+
+def _is_stale(path: Path) -> bool:
+    """Whether the process that a lock names runs no more, as far as this host can tell."""
+    words = path.read_text(encoding="utf-8").split(maxsplit=3)
+    if len(words) < 4 or words[3] != platform.node() or not words[1].isdigit():
+        return False
+    if os.name == "nt":  # where signal 0 would end the process, but a file held open cannot be deleted
+        return True
+    try:
+        os.kill(int(words[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return int(words[1]) == os.getpid()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -100,8 +151,8 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
         torch.save(checkpoint, temporary)
 
 
-def record_run(out: Path, args: argparse.Namespace, **facts: Any) -> None:
-    """Write run.json beside the output: command, arguments, versions and whatever the script adds."""
+def record_run(out: Path, args: argparse.Namespace, **facts: Any) -> dict[str, Any]:
+    """Write run.json beside the output: command, arguments, versions and whatever the script adds; return it."""
     content = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "arguments": vars(args),
@@ -113,4 +164,6 @@ def record_run(out: Path, args: argparse.Namespace, **facts: Any) -> None:
         },
         **facts,
     }
-    write_json(Path(out) / "run.json", json.loads(json.dumps(content, default=str)))
+    content = json.loads(json.dumps(content, default=str))
+    write_json(Path(out) / "run.json", content)
+    return content

@@ -20,11 +20,28 @@ def normalise_stain(image: np.ndarray) -> np.ndarray:
     Per channel, as Reinhard et al. 2001 transfer colour, but in optical density, where stain adds up. A field with
     hardly any tissue, or of one colour, comes back as it is.
     """
+    return apply_stain(image, estimate_stain(tissue_density(image)))
+
+
+def tissue_density(image: np.ndarray) -> np.ndarray:
+    """Optical density of the tissue in a field (H, W, 3) uint8 RGB, at an eighth of its sides: (N, 3) float32."""
     size = (max(1, image.shape[1] // SHRINK), max(1, image.shape[0] // SHRINK))
     density = DENSITY[cv2.resize(image, size, interpolation=cv2.INTER_AREA)].reshape(-1, 3)
-    tissue = density[density.sum(axis=1) > TISSUE]
+    return density[density.sum(axis=1) > TISSUE]
+
+
+def estimate_stain(tissue: np.ndarray) -> np.ndarray | None:
+    """Mean and spread of the optical density (N, 3) of tissue, (2, 3); None where nothing can be estimated."""
     if len(tissue) < FEWEST or tissue.std(axis=0).min() < 0.01:
+        return None
+    return np.stack([tissue.mean(axis=0), tissue.std(axis=0)])
+
+
+def apply_stain(image: np.ndarray, stain: np.ndarray | None) -> np.ndarray:
+    """An image (H, W, 3) uint8 RGB whose stain is that of `estimate_stain`, brought to MEAN and SPREAD."""
+    if stain is None:
         return image
-    moved = (DENSITY[:, None] - tissue.mean(axis=0)) / tissue.std(axis=0) * SPREAD + MEAN  # (256, 3)
+    mean, spread = stain
+    moved = (DENSITY[:, None] - mean) / spread * SPREAD + MEAN  # (256, 3)
     table = np.clip(np.round(256 * np.exp(-moved) - 1), 0, 255).astype(np.uint8)
     return cv2.LUT(image, table[None])

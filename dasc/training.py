@@ -1,6 +1,7 @@
 """What the training loops share: the order of an epoch, the learning rate, and how a network does on val."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ from sklearn.metrics import precision_recall_curve
 from torch import Tensor
 from tqdm import tqdm
 
+from dasc.calibration import calibrate, fit_calibration, reliability, right_detections
 from dasc.detect import scan_field
 from dasc.fields import read_field
 from dasc.manifest import LABELS
@@ -58,8 +60,12 @@ def threshold_on_val(
     per_mm2: float,
     match_um: float,
     views: int,
-) -> tuple[float, pd.DataFrame]:
-    """Scan the val fields as predict.py would; the threshold with the best F1, and the whole curve.
+    reliability_path: Path,
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Scan the val fields as predict.py would: what the checkpoint's config gains, and the whole curve.
+
+    The config gains the calibration (temperature, offset) of the probabilities, the threshold with the best F1 and the
+    curve it was chosen from (val_curve), both in calibrated probabilities. Draws the reliability plot.
 
     Args:
         fields, annotations: of all splits, as stage 1 wrote them. The rest: as `detect.scan_field`.
@@ -77,8 +83,15 @@ def threshold_on_val(
             merge_um=match_um,
             views=views,
             smallest=0.01,
+            calibrated=False,
         )
         truth_px = mitoses.loc[mitoses["image"] == field.image, ["x_px", "y_px"]].to_numpy()
         found_px = detections[["x_px", "y_px"]].to_numpy()
         found.append((truth_px * field.um_per_px, found_px * field.um_per_px, detections["probability"].to_numpy()))
-    return choose_threshold(found, match_um)
+    probabilities = np.concatenate([np.empty(0), *(probability for _, _, probability in found)])
+    right = right_detections(found, match_um)
+    calibration = fit_calibration(probabilities, right)
+    reliability(reliability_path, probabilities, right, calibration)
+    found = [(truth, places, calibrate(probability, calibration)) for truth, places, probability in found]
+    threshold, curve = choose_threshold(found, match_um)
+    return calibration | {"threshold": threshold, "val_curve": curve.to_dict("list")}, curve

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dasc.export import write_detections, write_geojson, write_mitotic_figures
+from dasc.export import write_counts, write_detections, write_geojson, write_mitotic_figures
 from dasc.run import InputError
 
 COLUMNS = ["image", "x_px", "y_px", "x_um", "y_um", "probability", "mitosis"]
@@ -117,6 +117,21 @@ def test_geojson_is_what_qupath_reads(tmp_path):
     assert second["geometry"]["coordinates"] == [8.5, 2001.0]
     assert second["properties"]["classification"]["name"] == "Non-mitotic figure"
     assert second["properties"]["classification"]["color"] != [200, 0, 0]
+
+
+def test_geojson_counts_from_where_the_viewer_begins(tmp_path):
+    write_geojson(tmp_path / "b.geojson", detections(), origin_px=(60, 30))
+    first = json.loads((tmp_path / "b.geojson").read_text())["features"][0]
+    assert first["geometry"]["coordinates"] == [40.5, 10.5]
+
+
+def test_counts_keep_their_names_and_digits(tmp_path):
+    table = pd.DataFrame(
+        {"image": ["=a", "b"], "um_per_px": [0.22741234, 0.25], "area_mm2": 1.23456789, "x_px": 1.23456}
+    )
+    write_counts(tmp_path / "counts.csv", table)
+    read = pd.read_csv(tmp_path / "counts.csv")
+    assert read.iloc[0].tolist() == ["'=a", 0.22741234, 1.234568, 1.235]
 
 
 def test_geojson_ids_depend_on_image_and_place_alone(tmp_path):

@@ -1,7 +1,11 @@
 """Stage 9: what is written for images and datasets, and what happens to bad input."""
 
 import json
+import os
+import platform
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -10,8 +14,9 @@ import tifffile
 from PIL import Image
 from pipeline import call, fails, succeed
 
+from dasc.fields import read_field
 from dasc.network import read_checkpoint
-from dasc.run import save_checkpoint
+from dasc.run import WriteError, save_checkpoint
 
 
 def model(small_run):
@@ -71,11 +76,17 @@ def test_folder_with_a_broken_image(small_run, tmp_path):
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n....")
     Image.new("RGB", (300, 200), (240, 240, 240)).save(folder / "blank.jpg")
     done = call("predict.py", *model(small_run), "--images", folder, "--um_per_px", 0.25, "--out", tmp_path / "out")
-    assert done.status == 1 and "broken.png" in done.err and "1 fields skipped" in done.out
+    assert (
+        done.status == 1
+        and "broken.png" in done.err
+        and "1 images skipped" in done.out
+        and "broken.png: skipped" in done.out
+    )
     counts = pd.read_csv(tmp_path / "out/counts.csv")
     assert list(counts["um_per_px_source"]) == ["flag", "flag"]
     assert counts.set_index("image").loc["blank.jpg", "mitoses"] == 0
     assert json.loads((tmp_path / "out/blank.jpg/detections.geojson").read_text())["features"] == []
+    assert counts["image"].str.startswith("'=").any()
 
 
 def test_no_detection_at_all_is_valid(small_run, tmp_path):
@@ -89,6 +100,111 @@ def test_missing_resolution_asks_for_the_flag(small_run, tmp_path):
     Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
     fails("predict.py", *model(small_run), "--images", tmp_path / "a.png", "--out", tmp_path / "o", says="--um_per_px")
     assert not (tmp_path / "o").exists()
+
+
+def test_a_slide_is_scanned_resumed_and_reported(small_run, tmp_path):
+    image = np.concatenate([read_field(path) for path in sorted((small_run / "sample/images").glob("*"))[:2]], axis=1)
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    write = {"tile": (256, 256), "photometric": "rgb", "compression": "jpeg"}
+    tifffile.imwrite(folder / "a <b>&.svs", image, resolution=(40000, 40000), resolutionunit=3, **write)
+    (folder / "broken.ndpi").write_bytes((folder / "a <b>&.svs").read_bytes()[:5000])
+    flags = [*model(small_run), "--images", folder, "--out", tmp_path / "out", "--whole_px", 300_000, "--views", 2]
+    done = call("predict.py", *flags)
+    assert done.status == 1 and "broken.ndpi: skipped" in done.out
+    counts = pd.read_csv(tmp_path / "out/counts.csv").iloc[0]
+    detections = pd.read_csv(tmp_path / "out/detections.csv")
+    assert (
+        counts["area_of"] == "tissue"
+        and 0 < counts["area_mm2"] <= image.shape[0] * image.shape[1] * 0.25**2 / 1e6 * 1.1
+    )
+    assert counts["hotspot_of"] == "whole image" and counts["mitoses"] == detections["mitosis"].sum() > 0
+    own = tmp_path / "out/a %3Cb%3E%26.svs"
+    with Image.open(own / "tissue.png") as mask:
+        assert set(np.unique(np.asarray(mask))) <= {0, 255} and mask.size == (44, 22)
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "a &lt;b&gt;&amp;.svs" in page and "<b>&" not in page and "broken.ndpi" in page
+    before = (tmp_path / "out/detections.csv").read_bytes()
+
+    scan = json.loads((own / "scan.json").read_text())
+    scan["found"] = scan["found"][:3]
+    (own / "scan.json").write_text(json.dumps(scan))
+    call("predict.py", *flags, "--resume")
+    assert len(pd.read_csv(tmp_path / "out/detections.csv")) == 3  # a finished image is not scanned again
+    call("predict.py", *flags)
+    assert (tmp_path / "out/detections.csv").read_bytes() == before
+    done = call("predict.py", *flags, "--resume", "--per_mm2", 900)
+    assert done.status == 1 and "per_mm2 1800.0, not 900.0" in done.err
+    (own / "scan.json").write_text("{")
+    assert "not a scan" in call("predict.py", *flags, "--resume").err
+
+
+def test_faults_of_images_and_folders(small_run, tmp_path, monkeypatch):
+    """Names that are no text, images smaller than a patch, an absurd resolution, a resolution nobody scans at."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    stain = np.full((20, 30, 3), (200, 150, 200), np.uint8)
+    tifffile.imwrite(folder / "tiny.tif", stain, photometric="rgb", resolution=(40000, 40000), resolutionunit=3)
+    tifffile.imwrite(folder / "screen.tif", stain, photometric="rgb", resolution=(72, 72), resolutionunit=2)
+    if sys.platform == "linux":
+        shutil.copy(folder / "tiny.tif", os.fsencode(folder) + b"/\xff.tif")
+    done = call("predict.py", *model(small_run), "--images", folder, "--out", tmp_path / "out")
+    counts = pd.read_csv(tmp_path / "out/counts.csv")
+    assert done.status == 1 and "screen.tif: states no resolution" in done.err
+    assert len(counts) == (2 if sys.platform == "linux" else 1) and (counts["mitoses"] == 0).all()
+    assert (tmp_path / "out/report.html").is_file()
+    flags = ["--images", folder / "tiny.tif", "--um_per_px", 25, "--out", tmp_path / "far"]
+    fails("predict.py", *model(small_run), *flags, says="--um_per_px")
+
+
+def test_where_nothing_can_be_written_it_stops(small_run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    flags = ["--images", small_run / "sample/images/009.tiff", "--views", 1]
+    done = fails("predict.py", *model(small_run), *flags, "--out", tmp_path / "file/out", says="cannot be written")
+    assert "skipped" not in done.err
+    monkeypatch.setattr("dasc.saved.write_json", full_disk)
+    done = fails("predict.py", *model(small_run), *flags, "--out", tmp_path / "out", says="No space left")
+    assert "skipped" not in done.err and not (tmp_path / "out/.lock").exists()
+
+
+def full_disk(path, content):
+    raise WriteError(f"{path}: cannot be written (No space left on device)")
+
+
+def test_two_runs_in_one_folder(small_run, tmp_path):
+    flags = [*model(small_run), "--images", small_run / "sample/images/009.tiff", "--views", 1, "--out", tmp_path]
+    (tmp_path / ".lock").write_text("process 1 on another-host")
+    fails("predict.py", *flags, says="process 1 on another-host")
+    (tmp_path / ".lock").write_text(f"process {os.getppid()} on {platform.node()}")
+    fails("predict.py", *flags, says="another run writes here")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / ".lock").write_text(f"process {ended.pid} on {platform.node()}")
+    succeed("predict.py", *flags)
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_goals_and_numbers_for_the_threshold(small_run, tmp_path):
+    flags = [
+        "--images",
+        small_run / "sample/images/009.tiff",
+        "--model_path",
+        small_run / "NS/model.pt",
+        "--report",
+        "False",
+    ]
+    flags += ["--device", "cpu", "--views", 1, "--overlays", "False", "--out"]
+    config = read_checkpoint(small_run / "NS/model.pt")["config"]
+    assert {"temperature", "offset", "val_curve"} <= config.keys()
+    curve = pd.DataFrame(config["val_curve"])
+    goal = f"recall={curve['recall'].max():.2f}"[:10]
+    succeed("predict.py", *flags, tmp_path / "a", "--threshold", goal)
+    threshold = json.loads((tmp_path / "a/run.json").read_text())["threshold"]
+    assert curve.loc[curve["threshold"] >= threshold, "recall"].max() >= float(goal[7:])
+    succeed("predict.py", *flags, tmp_path / "b")
+    assert json.loads((tmp_path / "b/run.json").read_text())["threshold"] == config["threshold"]
+    fails("predict.py", *flags, tmp_path / "c", "--threshold", "precise", says="expected best")
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize(

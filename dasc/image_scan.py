@@ -1,0 +1,93 @@
+"""Scan one image, be it a field or a slide, and say what was counted in it."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from dasc.detect import scan_field
+from dasc.hotspot import Hotspot, find_hotspot
+from dasc.network import SearchNetwork
+from dasc.saved import SavedScan
+from dasc.scan import scan_slide
+from dasc.slides import Slide, read_overview
+from dasc.tiles import Tissue
+from dasc.tissue import UM_PER_PX as TISSUE_UM_PER_PX
+from dasc.tissue import find_tissue
+
+OVERVIEW_PX = 800  # longest side of a field's overview; a slide's has the resolution its tissue is looked for at
+
+
+def look_over(slide: Slide, um_per_px: float, whole_px: int, workers: int) -> tuple[np.ndarray, Tissue | None]:
+    """The image at low magnification, (h, w, 3) uint8, and where its tissue is if it has more than whole_px pixels."""
+    if slide.width * slide.height <= whole_px:
+        return read_overview(slide, max(1.0, max(slide.width, slide.height) / OVERVIEW_PX), workers)[0], None
+    overview, pixel_px = read_overview(slide, TISSUE_UM_PER_PX / um_per_px, workers)
+    return overview, Tissue(find_tissue(overview, pixel_px * um_per_px), pixel_px)
+
+
+def find_mitoses(
+    network: SearchNetwork,
+    config: dict,
+    slide: Slide,
+    um_per_px: float,
+    tissue: Tissue | None,
+    saved_path: Path,
+    model_sha256: str,
+    *,
+    workers: int,
+    resume: bool,
+    **options: float,
+) -> pd.DataFrame:
+    """Detections of one image, as `detect.scan_field`: on its tissue, or on all of a field (tissue None).
+
+    saved_path: where the scan is kept, to be resumed from. model_sha256: of the checkpoint. options: as `scan_field`.
+    """
+    # A batch only changes the speed; everything else must be the same in a scan that is gone on with.
+    settings = {name: value for name, value in options.items() if name != "batch_size"} | {
+        "model_sha256": model_sha256,
+        "um_per_px": um_per_px,
+        "file_bytes": slide.path.stat().st_size,
+        "as_slide": tissue is not None,
+    }
+    saved = SavedScan(saved_path, settings, resume)
+    if saved.detections is not None:
+        return saved.detections
+    if tissue is None:
+        image = slide.read_region(0, 0, 0, slide.width, slide.height)
+        detections = scan_field(network, config, image, um_per_px, **options)
+    else:
+        options |= {"workers": workers, "progress": saved.progress, "save": saved.save}
+        detections = scan_slide(network, config, slide, um_per_px, tissue, **options)
+    saved.finish(detections)
+    return detections
+
+
+def count_mitoses(
+    slide: Slide, name: str, detections: pd.DataFrame, um_per_px: float, source: str, tissue: Tissue | None
+) -> tuple[dict, Hotspot]:
+    """The image's row of counts.csv, and its hotspot. detections: x_px, y_px, mitosis."""
+    mitoses_px = detections.loc[detections["mitosis"], ["x_px", "y_px"]].to_numpy(float)
+    hotspot = find_hotspot(mitoses_px, slide.width, slide.height, um_per_px)
+    whole_mm2 = slide.width * slide.height * um_per_px**2 / 1e6
+    area_mm2 = whole_mm2 if tissue is None else tissue.area_mm2(um_per_px)
+    facts = {
+        "image": name,
+        "width_px": slide.width,
+        "height_px": slide.height,
+        "um_per_px": um_per_px,
+        "um_per_px_source": source,
+        "reader": slide.reader,
+        "mitoses": len(mitoses_px),
+        "area_mm2": area_mm2,
+        "area_of": "image" if tissue is None else "tissue",
+        "mitoses_per_mm2": len(mitoses_px) / area_mm2 if area_mm2 else 0.0,
+        "hotspot_mitoses": hotspot.mitoses,
+        "hotspot_mm2": hotspot.area_mm2(um_per_px),
+        "hotspot_of": "whole image" if hotspot.whole else "window",
+        "hotspot_x_px": hotspot.x_px,
+        "hotspot_y_px": hotspot.y_px,
+        "hotspot_width_px": hotspot.width_px,
+        "hotspot_height_px": hotspot.height_px,
+    }
+    return facts, hotspot

@@ -1,0 +1,62 @@
+"""What is kept of an image's scan in its folder, so that an interrupted run goes on where it was left."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dasc.run import InputError, write_json
+from dasc.scan import Progress
+
+COLUMNS = ["x_px", "y_px", "probability"]
+
+
+class SavedScan:
+    """The scan of one image in a JSON file: its settings, how far it is, and what was found.
+
+    Args:
+        settings: everything the detections depend on, in plain values; a scan is gone on with only if all are equal.
+        resume: read what an earlier run left; False: begin anew.
+
+    Attributes:
+        detections: of a finished scan (x_px, y_px, probability); None while it is not finished.
+        progress: of an unfinished one, as `scan.scan_slide` takes it.
+
+    Errors: InputError where the file was begun with other settings or is broken.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], resume: bool) -> None:
+        self.path, self.settings = path, settings
+        self.detections: pd.DataFrame | None = None
+        self.progress = Progress()
+        if resume and path.is_file():
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            found = [[float(value) for value in row] for row in content["found"]]
+            begun, finished = content["settings"], content["finished"]
+            self.progress = Progress(content["survey"], content["tiles"], found)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.path}: not a scan of this project; leave out --resume to begin anew") from error
+        for name, value in self.settings.items():
+            if begun.get(name) != value:
+                raise InputError(
+                    f"{self.path}: was begun with {name} {begun.get(name)}, not {value}; leave out --resume"
+                )
+        if finished:
+            self.detections = pd.DataFrame(found, columns=COLUMNS, dtype=float)
+
+    def save(self, progress: Progress) -> None:
+        """Keep an unfinished scan."""
+        self._write(progress.survey, progress.tiles, progress.found, finished=False)
+
+    def finish(self, detections: pd.DataFrame) -> None:
+        """Keep the detections of a finished scan."""
+        self._write(None, 0, detections[COLUMNS].to_numpy(float).tolist(), finished=True)
+
+    def _write(self, survey: dict | None, tiles: int, found: list[list[float]], finished: bool) -> None:
+        content = {"settings": self.settings, "finished": finished, "survey": survey, "tiles": tiles, "found": found}
+        write_json(self.path, content)

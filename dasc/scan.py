@@ -1,0 +1,223 @@
+"""Scan a whole slide tile by tile in bounded memory.
+
+Of a field, the candidates are ranked, the stain is estimated and the second look is chosen among the field's own
+nuclei. A slide is surveyed first: squares spread evenly over its tissue give its stain, the spread of its candidates'
+measures, and the two cuts (a score, a first probability) that keep as many candidates per mm2 as in a field. After
+that every candidate is judged by itself, so that neither the tiles nor their order change the detections.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from dasc.calibration import calibrate, uncalibrate
+from dasc.detect import AT_LEAST, SECOND_LOOK_PER_MM2, merge, score_patches
+from dasc.network import SearchNetwork
+from dasc.nuclei import score_candidates, spread_of
+from dasc.slides import Slide
+from dasc.stain import estimate_stain, tissue_density
+from dasc.tiles import Grid, Tile, Tissue, make_grid
+
+TILE_UM = 1000.0  # side of a tile, about: larger ones read less margin and take more memory
+SURVEY_UM = 256.0  # side of a surveyed square, about
+SURVEYED = 24  # squares surveyed, about 2 mm2 in all
+READ_AHEAD = 2  # tiles that wait for the network, beside those that the threads are at
+SAVE_EVERY = 50  # tiles after which the progress is saved
+
+
+@dataclass
+class Progress:
+    """How far a slide is scanned, in plain values that can be kept on disk.
+
+    survey: as `survey_slide`. tiles: how many are done. found: x, y in the slide's pixels and probability, not merged.
+    """
+
+    survey: dict[str, Any] | None = None
+    tiles: int = 0
+    found: list[list[float]] = field(default_factory=list)
+
+
+def scan_slide(
+    network: SearchNetwork,
+    config: dict,
+    slide: Slide,
+    um_per_px: float,
+    tissue: Tissue,
+    *,
+    batch_size: int,
+    per_mm2: float,
+    merge_um: float,
+    views: int,
+    smallest: float,
+    workers: int,
+    progress: Progress | None = None,
+    save: Callable[[Progress], None] = lambda progress: None,
+    tile_um: float = TILE_UM,
+    shift: tuple[int, int] = (0, 0),
+) -> pd.DataFrame:
+    """Detections on the tissue of a slide, strongest first: x_px, y_px in its full resolution, probability.
+
+    Args:
+        progress: where an earlier scan with the same settings was left. save: called with it every SAVE_EVERY tiles.
+        workers: threads that read tiles and find candidates. tile_um, shift: side of a tile, and blocks down and
+        across by which the tiles are moved; they change nothing that is found. The rest: as `detect.scan_field`.
+    Errors: InputError where a region cannot be read.
+    """
+    progress = progress or Progress()
+    grid = make_grid(slide, um_per_px, config["um_per_px"], config["patch_size"])
+    options = {"batch_size": batch_size, "per_mm2": per_mm2, "workers": workers}
+    if progress.survey is None:
+        progress.survey = survey_slide(network, config, slide, grid, tissue, **options)
+    survey = progress.survey
+    if survey:
+        stain = survey["stain"] and np.array(survey["stain"], np.float32)
+
+        def look(place: tuple) -> tuple[np.ndarray, np.ndarray]:
+            tile = Tile(slide, grid, *place)
+            points_px, measures = tile.candidates(tuple(survey["padding_density"]), tissue)
+            scores = score_candidates(measures, np.array(survey["middle"]), np.array(survey["spread"]))
+            points_px = points_px[scores >= survey["lowest_score"]]
+            return grid.in_slide(points_px), tile.patches(points_px, config, stain)
+
+        looks = Looks(network, batch_size, views, survey["second_look"], uncalibrate(smallest, config))
+        places = place_tiles(grid, tissue, tile_um, shift)[progress.tiles :]
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            tiles = tqdm(ahead(pool, look, places, workers), "tiles", total=len(places), leave=False, unit="tile")
+            for points_px, patches in tiles:
+                looks.add(points_px, patches)
+                progress.tiles += 1
+                if progress.tiles % SAVE_EVERY == 0:
+                    progress.found += looks.flush()
+                    save(progress)
+        progress.found += looks.flush()
+    found = np.array(sorted(progress.found, key=lambda one: (-one[2], one[1], one[0]))).reshape(-1, 3)
+    found[:, 2] = calibrate(found[:, 2], config)
+    found = found[merge(found[:, :2], found[:, 2], merge_um / um_per_px)]
+    return pd.DataFrame(found, columns=["x_px", "y_px", "probability"])
+
+
+def place_tiles(grid: Grid, tissue: Tissue, tile_um: float, shift: tuple[int, int]) -> list[tuple]:
+    """The tiles that hold tissue: their rows and columns of blocks."""
+    side = max(1, round(tile_um / (grid.step * grid.um_per_px)))
+    starts = (range(-(moved % side), blocks, side) for moved, blocks in zip(shift, grid.shape, strict=True))
+    rows, columns = ([(start, start + side) for start in axis] for axis in starts)
+    return [(row, column) for row in rows for column in columns if grid.tissue_blocks(tissue, row, column) > 0]
+
+
+def survey_slide(
+    network: SearchNetwork,
+    config: dict,
+    slide: Slide,
+    grid: Grid,
+    tissue: Tissue,
+    *,
+    batch_size: int,
+    per_mm2: float,
+    workers: int,
+) -> dict[str, Any]:
+    """What is judged over the whole slide, from squares spread evenly over the tissue; empty where none has a nucleus.
+
+    Returns: stain, as `stain.estimate_stain`; padding_density, as `nuclei.measure_candidates`; middle and spread, as
+    `nuclei.spread_of`; lowest_score, from which a candidate is looked at; second_look, the probability from which it
+    is looked at again.
+    """
+    side = SURVEY_UM / (grid.step * grid.um_per_px)
+    places = place_tiles(grid, tissue, SURVEY_UM, (0, 0))
+    blocks = {place: grid.tissue_blocks(tissue, *place) for place in places}
+    full = [place for place in places if blocks[place] >= 0.5 * max(1, round(side)) ** 2]
+    full = full or sorted(places, key=blocks.__getitem__)[-SURVEYED:]
+    if not full:
+        return {}
+    chosen = [full[index] for index in np.unique(np.linspace(0, len(full) - 1, SURVEYED).round().astype(int))]
+    area_mm2 = grid.area_mm2(sum(blocks[place] for place in chosen))
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        tiles = list(pool.map(lambda place: Tile(slide, grid, *place), chosen))
+        density = np.concatenate(list(pool.map(lambda tile: tissue_density(tile.image), tiles)))
+        if not len(density):
+            return {}
+        stain = estimate_stain(density) if config["normalise_stain"] else None
+        padding_density = float(np.median(density[:, 0])), float(np.median(density.sum(axis=1)))
+        found = list(pool.map(lambda tile: tile.candidates(padding_density, tissue), tiles))
+    measures = np.concatenate([measures for _, measures in found])
+    if not len(measures):
+        return {}
+    middle, spread = spread_of(measures)
+    scores = [score_candidates(measures, middle, spread) for _, measures in found]
+    lowest = _cut(np.concatenate(scores), max(AT_LEAST, int(per_mm2 * area_mm2)))
+    first = []
+    for tile, (points_px, _), score in zip(tiles, found, scores, strict=True):
+        patches = torch.from_numpy(tile.patches(points_px[score >= lowest], config, stain))
+        first.append(score_patches(network, patches, batch_size).numpy())
+    return {
+        "stain": None if stain is None else stain.tolist(),
+        "padding_density": padding_density,
+        "middle": middle.tolist(),
+        "spread": spread.tolist(),
+        "lowest_score": lowest,
+        "second_look": _cut(np.concatenate(first), max(AT_LEAST, round(SECOND_LOOK_PER_MM2 * area_mm2))),
+    }
+
+
+class Looks:
+    """Scores candidates in whole batches, whatever tile they come from, and the likely ones again in every view."""
+
+    def __init__(
+        self, network: SearchNetwork, batch_size: int, views: int, second_look: float, smallest: float
+    ) -> None:
+        self.network, self.batch_size = network, batch_size
+        self.rounds = [(1, second_look), (views, smallest)] if views > 1 else [(1, smallest)]
+        self.waiting: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in self.rounds]
+        self.found: list[list[float]] = []
+
+    def add(self, points_px: np.ndarray, patches: np.ndarray, number: int = 0, everything: bool = False) -> None:
+        """Take points (N, 2) and their patches (N, 3, S, S) into a round; score what fills batches, or everything."""
+        self.waiting[number].append((points_px, patches))
+        waits = sum(len(points) for points, _ in self.waiting[number])
+        ready = waits if everything else waits - waits % self.batch_size
+        if not ready:
+            return
+        points_px, patches = (np.concatenate(parts) for parts in zip(*self.waiting[number], strict=True))
+        self.waiting[number] = [(points_px[ready:].copy(), patches[ready:].copy())]  # copies free what was scored
+        views, lowest = self.rounds[number]
+        scores = score_patches(self.network, torch.from_numpy(patches[:ready]), self.batch_size, views).numpy()
+        stays = np.flatnonzero(scores >= lowest)
+        if number + 1 < len(self.rounds):
+            self.add(points_px[stays], patches[stays], number + 1)
+        else:
+            self.found += np.column_stack([points_px[stays], scores[stays].astype(float)]).tolist()
+
+    def flush(self) -> list[list[float]]:
+        """Score whatever waits; hand out x, y and probability of all found since the last time."""
+        for number, waiting in enumerate(self.waiting):
+            if waiting:
+                self.add(waiting[0][0][:0], waiting[0][1][:0], number, everything=True)
+        found, self.found = self.found, []
+        return found
+
+
+def ahead(pool: ThreadPoolExecutor, work: Callable, jobs: Iterable, workers: int) -> Iterator:
+    """Results of `work` in the order of the jobs; so many jobs are done ahead as there are threads, and READ_AHEAD."""
+    waiting: deque = deque()
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(work, job))
+            if len(waiting) >= max(1, workers) + READ_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for one in waiting:  # an interrupted scan does not wait for tiles that nobody takes
+            one.cancel()
+
+
+def _cut(values: np.ndarray, count: int) -> float:
+    """The value that the `count` highest reach, a hair lower: in another batch the last one may come out lower."""
+    value = float(np.sort(values)[::-1][min(count, len(values)) - 1])
+    return value - 1e-4 * abs(value)

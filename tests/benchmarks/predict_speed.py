@@ -1,0 +1,99 @@
+"""How long one field of 7215 x 5412 px takes: ours, ours with every candidate scored, and a common detector on tiles.
+
+The field is a mosaic of synthetic fields of make_sample.py, or of --field. Networks have random weights, which cost the
+same time as trained ones. All in one run and one process, without its start. Wall time tells what a user waits for on a
+free machine; CPU time, summed over the threads, also tells on a busy one.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import tifffile
+import torch
+import torchvision
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from dasc.detect import scan_field
+from dasc.fields import read_field
+from dasc.network import SearchNetwork
+from dasc.nuclei import find_candidates
+from dasc.run import pick_device
+
+WIDTH, HEIGHT = 7215, 5412  # a field of MIDOG
+TILE = 512  # px of the detector's tiles
+
+
+def mosaic(field: str) -> np.ndarray:
+    """A field of WIDTH x HEIGHT px, of copies of one image or of the synthetic sample's."""
+    with tempfile.TemporaryDirectory() as folder:
+        if field:
+            images = [read_field(Path(field))]
+        else:
+            command = [ROOT / "pre/make_sample.py", "--out", folder, "--size_px", "1200"]
+            subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
+            images = [read_field(path) for path in sorted(Path(folder, "images").glob("*"))[:6]]
+    wide = np.concatenate(images, axis=1)
+    return np.tile(wide, (-(-HEIGHT // wide.shape[0]), -(-WIDTH // wide.shape[1]), 1))[:HEIGHT, :WIDTH].copy()
+
+
+def timed(work: Callable[[], object]) -> tuple[float, float, object]:
+    """Wall seconds, CPU seconds and the result."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - wall, time.process_time() - cpu, result
+
+
+def say(what: str, wall: float, cpu: float, more: str = "") -> None:
+    print(f"{what}: {wall:.1f} s, {cpu:.1f} s of CPU{more}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--field", default="", help="image to make the mosaic of; empty: the synthetic sample")
+    parser.add_argument("--um_per_px", type=float, default=0.25)
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        default=["tf_efficientnet_lite0:64", "resnet18:80"],
+        help="backbone:patch size; the first is also timed on every candidate",
+    )
+    parser.add_argument("--detector_tiles", type=int, default=3, help="tiles timed; the whole field is extrapolated")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    options = {"batch_size": 256, "merge_um": 7.5, "views": 8, "smallest": 0.05}
+    image = mosaic(args.field)
+    with tempfile.TemporaryDirectory() as folder:
+        tifffile.imwrite(Path(folder, "field.tiff"), image)
+        say("reading the field from an uncompressed TIFF", *timed(lambda: read_field(Path(folder, "field.tiff")))[:2])
+    wall, cpu, (points, _) = timed(lambda: find_candidates(image, args.um_per_px, None))
+    say("finding and ranking the candidates", wall, cpu, f", {len(points)} of them")
+    for name in args.networks:
+        backbone, size = name.split(":")
+        torch.manual_seed(0)
+        network = SearchNetwork(backbone).to(device, memory_format=torch.channels_last).eval()
+        config = {"patch_size": int(size), "um_per_px": 0.25, "normalise_stain": True}
+        for what, per_mm2 in (("ours", 1800), ("every candidate", 1e6))[: 2 if name == args.networks[0] else 1]:
+            options["per_mm2"] = per_mm2
+            scan_field(network, config, image[:600, :600], args.um_per_px, **options)  # warm
+            scan = lambda: scan_field(network, config, image, args.um_per_px, **options)  # noqa: E731, B023
+            say(f"{what}, {backbone} at {size} px", *timed(scan)[:2])
+    detector = torchvision.models.detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None)
+    detector.to(device).eval()
+    tiles = torch.from_numpy(image[:TILE, : TILE * args.detector_tiles]).permute(2, 0, 1).float().div(255).to(device)
+    with torch.inference_mode():
+        detector([tiles[:, :, :TILE]])
+        wall, cpu, _ = timed(lambda: [detector([tile]) for tile in tiles.split(TILE, dim=2)])
+    count = -(-WIDTH // TILE) * -(-HEIGHT // TILE)
+    share = count / args.detector_tiles
+    more = f" ({args.detector_tiles} of {count} tiles timed, {wall / args.detector_tiles:.2f} s each)"
+    say("torchvision's RetinaNet-ResNet50, extrapolated", wall * share, cpu * share, more)

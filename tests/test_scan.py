@@ -1,0 +1,221 @@
+"""Scanning a slide: how it is cut, resumed or stored changes nothing that is found."""
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+import torch
+from test_detect import Darkness
+
+from dasc import scan, slides
+from dasc.detect import scan_field
+from dasc.run import InputError
+from dasc.scan import Looks, Progress, scan_slide
+from dasc.slides import open_slide, read_overview
+from dasc.tiles import Tile, Tissue, make_grid
+from dasc.tissue import find_tissue
+
+CONFIG = {"patch_size": 64, "um_per_px": 0.25, "normalise_stain": True}
+OPTIONS = {"batch_size": 50, "per_mm2": 1800, "merge_um": 7.5, "views": 2, "smallest": 0.05, "workers": 2}
+
+
+def draw_tissue(side_um, um_per_px, seed=0):
+    """Pink tissue with 3,000 nuclei per mm2 of all shades, in the middle of blank glass, and the centres in px."""
+    rng = np.random.default_rng(seed)
+    side = round(side_um / um_per_px)
+    image = np.full((side, side, 3), (242, 240, 243), np.uint8)
+    cv2.circle(image, (side // 2, side // 2), round(0.46 * side), (225, 175, 205), -1)
+    centres = rng.uniform(0.1 * side, 0.9 * side, (round(3000 * side_um**2 / 1e6), 2))
+    centres = centres[np.hypot(*(centres - side / 2).T) < 0.42 * side]
+    for centre in centres:
+        shade = rng.uniform(0.15, 0.8)
+        colour = [int(v) for v in np.array([90, 50, 130]) * shade + np.array([200, 160, 210]) * (1 - shade)]
+        axes = [round(float(a) * 16 / um_per_px) for a in rng.uniform(2, 4.5, 2)]
+        place = [round(float(v) * 16) for v in centre]
+        cv2.ellipse(image, place, axes, float(rng.uniform(0, 180)), 0, 360, colour, -1, cv2.LINE_AA, 4)
+    noise = rng.normal(0, 4, image.shape)
+    return np.clip(cv2.GaussianBlur(image, (0, 0), 0.4 / um_per_px) + noise, 0, 255).astype(np.uint8), centres
+
+
+@pytest.fixture(scope="module", params=[0.25, 0.2274, 0.5])
+def slide_file(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("slide") / "slide.tif"
+    image, _ = draw_tissue(480, request.param)
+    options = {"tile": (256, 256), "photometric": "rgb", "compression": "lzw"}
+    with tifffile.TiffWriter(path) as writer:
+        writer.write(image, subifds=1, resolution=(1e4 / request.param,) * 2, resolutionunit=3, **options)
+        writer.write(cv2.resize(image, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA), subfiletype=1, **options)
+    return path, request.param
+
+
+@pytest.fixture(autouse=True)
+def every_tiff_by_region(monkeypatch):
+    monkeypatch.setattr(slides, "IN_MEMORY", 300_000)
+
+
+def tissue_of(slide, um_per_px):
+    overview, pixel_px = read_overview(slide, 8 / um_per_px, workers=2)
+    return Tissue(find_tissue(overview, pixel_px * um_per_px), pixel_px)
+
+
+def soft():
+    """A network that gives hardly two nuclei the same probability."""
+    network = Darkness()
+    network.scale.data.fill_(8.0)
+    return network
+
+
+def found_in(path, um_per_px, tissue=None, **options):
+    with open_slide(path) as slide:
+        tissue = tissue or tissue_of(slide, um_per_px)
+        return scan_slide(soft(), CONFIG, slide, um_per_px, tissue, **OPTIONS | options)
+
+
+def assert_same(one, other):
+    """The same detections, to the last one; weak ones may differ by what adding in another order changes."""
+    assert len(one) == len(other)
+    assert np.allclose(one[["x_px", "y_px"]], other[["x_px", "y_px"]], atol=1e-6)
+    assert np.allclose(one["probability"], other["probability"], atol=1e-4)
+
+
+def test_shifted_tiles_find_the_same(slide_file):
+    path, um_per_px = slide_file
+    once = found_in(path, um_per_px, tile_um=1e6)
+    assert len(once) > 30
+    for tile_um, shift in ((200, (1, 2)), (140, (0, 1))):
+        assert_same(once, found_in(path, um_per_px, tile_um=tile_um, shift=shift, workers=1, batch_size=17))
+
+
+def test_a_slide_gives_nearly_what_a_field_gives(slide_file):
+    """Where all is surveyed and no glass left out, only the um/px rounded for the blocks and their margins differ."""
+    path, um_per_px = slide_file
+    image = tifffile.imread(path)
+    options = {name: value for name, value in OPTIONS.items() if name != "workers"}
+    field = scan_field(soft(), CONFIG, image, um_per_px, **options)
+    slide = found_in(path, um_per_px, tissue=Tissue(np.ones((len(image) // 16, len(image) // 16), bool), 16))
+    strong = [table[table["probability"] > 0.5][["x_px", "y_px"]].to_numpy() * um_per_px for table in (field, slide)]
+    near = np.linalg.norm(strong[0][:, None] - strong[1], axis=2) < 1
+    assert len(strong[0]) > 30 and near.any(axis=1).mean() > 0.95 and near.any(axis=0).mean() > 0.95
+
+
+def test_places_are_those_of_the_nuclei(tmp_path):
+    image, centres = draw_tissue(400, 0.25, seed=3)
+    tifffile.imwrite(tmp_path / "a.tif", image, tile=(256, 256), photometric="rgb", compression="lzw")
+    found = found_in(tmp_path / "a.tif", 0.25)
+    distance = np.linalg.norm(found[["x_px", "y_px"]].to_numpy()[:, None] - centres, axis=2).min(axis=1)
+    assert len(found) > 12 and np.median(distance) * 0.25 < 1
+
+
+def test_a_finer_slide_is_scanned_at_a_coarser_level(tmp_path):
+    image, _ = draw_tissue(300, 0.125)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        options = {"tile": (256, 256), "photometric": "rgb", "compression": "lzw"}
+        writer.write(image, subifds=1, **options)
+        writer.write(cv2.resize(image, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA), subfiletype=1, **options)
+    with open_slide(tmp_path / "a.tif") as slide:
+        grid = make_grid(slide, 0.125, 0.25, 64)
+        assert (grid.level, grid.um_per_px, grid.downsample) == (1, 0.25, 2)
+        assert np.allclose(grid.in_slide(np.array([[10.0, 0.0]])), [[20.5, 0.5]])
+    fine = found_in(tmp_path / "a.tif", 0.125)
+    tifffile.imwrite(tmp_path / "b.tif", image[::1, ::1], tile=(256, 256), photometric="rgb", compression="lzw")
+    whole = found_in(tmp_path / "b.tif", 0.125)
+    near = np.linalg.norm(fine.to_numpy()[:, None, :2] - whole.to_numpy()[:, :2], axis=2).min(axis=1)
+    assert len(fine) > 8 and (near * 0.125 < 1.5).mean() > 0.9
+
+
+@pytest.mark.parametrize("um_per_px", [0.12, 0.2201, 0.2274, 0.25, 0.262, 0.3, 0.499, 0.5, 0.7])
+def test_blocks_have_whole_pixels_at_every_resolution(um_per_px):
+    slide = slides.Slide()
+    slide.levels = [(50_001, 40_003)]
+    grid = make_grid(slide, um_per_px, 0.25, 80)
+    for told, target in ((grid.search_um, max(0.5, um_per_px)), (grid.model_um, 0.25)):
+        assert told == pytest.approx(um_per_px, rel=0.003)
+        assert grid.step * told / target == pytest.approx(round(grid.step * told / target), abs=1e-6)
+    assert grid.step * um_per_px >= 64
+
+
+def test_resumed_after_any_save_it_finds_the_same(tmp_path, monkeypatch):
+    image, _ = draw_tissue(400, 0.25)
+    tifffile.imwrite(tmp_path / "a.tif", image, tile=(256, 256), photometric="rgb", compression="lzw")
+    monkeypatch.setattr(scan, "SAVE_EVERY", 2)
+    whole = found_in(tmp_path / "a.tif", 0.25, tile_um=70)
+    saved = []
+
+    def stop_at_the_third(progress):
+        saved.append(Progress(progress.survey, progress.tiles, list(progress.found)))
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        found_in(tmp_path / "a.tif", 0.25, tile_um=70, save=stop_at_the_third)
+    assert [one.tiles for one in saved] == [2, 4, 6] and saved[2].found
+    for progress in saved:
+        assert_same(whole, found_in(tmp_path / "a.tif", 0.25, tile_um=70, progress=progress))
+
+
+def test_batches_fill_across_tiles():
+    sizes = []
+
+    class Counting(Darkness):
+        def forward(self, patches):
+            sizes.append(len(patches))
+            return super().forward(patches)
+
+    patches = np.random.default_rng(0).integers(0, 255, (100, 3, 32, 32)).astype(np.uint8)
+    points = np.arange(200.0).reshape(100, 2)
+    looks = Looks(Counting(), 16, 1, 0.0, 0.0)
+    for start in range(0, 100, 7):
+        looks.add(points[start : start + 7], patches[start : start + 7])
+    assert set(sizes) == {16}
+    found = looks.flush()
+    assert sizes[-1] == 4 and sum(sizes) == 100 and np.array(found)[:, :2].tolist() == points.tolist()
+    assert looks.flush() == []
+
+
+def test_nothing_but_glass(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.full((900, 900, 3), 240, np.uint8), tile=(256, 256), photometric="rgb")
+    assert found_in(tmp_path / "a.tif", 0.25).empty
+
+
+def test_tissue_without_a_nucleus(tmp_path):
+    image = np.full((1200, 1200, 3), (225, 175, 205), np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", image, tile=(256, 256), photometric="rgb")
+    assert found_in(tmp_path / "a.tif", 0.25).empty
+
+
+def test_a_broken_tile_is_named(tmp_path):
+    image, _ = draw_tissue(400, 0.25)
+    tifffile.imwrite(tmp_path / "a.tif", image, tile=(256, 256), photometric="rgb", compression="deflate")
+    with tifffile.TiffFile(tmp_path / "a.tif") as tif:
+        place = tif.pages[0].dataoffsets[17]
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    data[place : place + 50] = bytes(50)
+    (tmp_path / "a.tif").write_bytes(data)
+    with pytest.raises(InputError, match=r"a\.tif.*cannot be read"):
+        found_in(tmp_path / "a.tif", 0.25)
+
+
+def test_memory_of_the_device_halves_the_batch():
+    class Full(Darkness):
+        def forward(self, patches):
+            if len(patches) > 5:
+                raise torch.OutOfMemoryError("full")
+            return super().forward(patches)
+
+    patches = torch.randint(0, 255, (23, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(scan.score_patches(Full(), patches, 20), scan.score_patches(Darkness(), patches, 20))
+
+
+def test_tile_margins_reach_as_far_as_they_must(tmp_path):
+    """The patches of a tile are those of the whole slide, up to its very corners."""
+    image, _ = draw_tissue(400, 0.2274)
+    tifffile.imwrite(tmp_path / "a.tif", image, tile=(256, 256), photometric="rgb", compression="lzw")
+    with open_slide(tmp_path / "a.tif") as slide:
+        grid = make_grid(slide, 0.2274, 0.25, 64)
+        down, across = grid.shape
+        assert down > 4
+        whole = Tile(slide, grid, (0, down), (0, across))
+        part = Tile(slide, grid, (2, 3), (2, 3))
+        corners = np.array([[2, 2], [3, 2], [2, 3], [3, 3]]) * float(grid.step)
+        difference = whole.patches(corners, CONFIG, None).astype(int) - part.patches(corners, CONFIG, None)
+        assert np.abs(difference).max() <= 1
