@@ -74,6 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     fields, annotations = dataset_fields(args) if args.dataset else image_fields(args.images)
     network, config = load_network(Path(args.model_path), pick_device(args.device))
+    if not config["um_per_px"]:
+        raise InputError(f"{args.model_path}: trained on patches of unknown resolution, so it cannot scan images")
     threshold = args.threshold or config["threshold"]
     out = Path(args.out)
     tables, counts, skipped = [], [], {}

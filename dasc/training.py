@@ -47,6 +47,13 @@ def check_val_fields(data_root: Path, fields: pd.DataFrame) -> None:
             raise InputError(f"{data_root / path}: this val field is gone; --data_root names the dataset's folder")
 
 
+def threshold_on_patches(labels: np.ndarray, scores: np.ndarray) -> tuple[float, pd.DataFrame]:
+    """As `threshold_on_val`, for patches that come from no fields: labels (N,) 0 or 1, scores (N,) of val."""
+    here, nowhere = np.zeros((1, 2)), np.empty((0, 2))
+    found = [(here if label else nowhere, here, np.array([score])) for label, score in zip(labels, scores, strict=True)]
+    return choose_threshold(found, radius=1.0)  # every patch is a field with one detection in it
+
+
 def threshold_on_val(
     network: SearchNetwork,
     config: dict,
