@@ -98,7 +98,8 @@ def main(args: argparse.Namespace) -> int:
     may = ~pool["case"].isin(held).to_numpy()  # a slide is never on two sides
     if args.query != "searched" and args.k > may.sum():
         raise InputError(
-            f"--k {args.k}: {may.sum()} of {len(pool)} pool patches are not of val or test slides; lower --k"
+            f"--k {args.k}: only {may.sum()} of the {len(pool)} pool patches lie on other slides than val and test; "
+            "lower --k, or enlarge the pool"
         )
     false_positives, queries = find_false_positives(table, network, args)
     protected = thumbnails([manifest.parent / patch for patch in table["patch"]], args.workers)
@@ -180,7 +181,7 @@ def mine(features: PoolFeatures, may: np.ndarray, protected: np.ndarray, queries
         none) and answers (how many false positives have it among their k nearest); the neighbours (Q, k) as rows of the
         pool and their distances (Q, k); how many near-duplicates were found.
     """
-    may, same = may.copy(), 0
+    may, same, looked_at = may.copy(), 0, np.zeros(len(may), dtype=bool)
     row_of = np.full(len(features), -1)
     row_of[features.rows] = np.arange(len(features.rows))
     while True:
@@ -201,6 +202,8 @@ def mine(features: PoolFeatures, may: np.ndarray, protected: np.ndarray, queries
             rows = np.sort(drawn[may[drawn]][: len(table)])
             table = pd.DataFrame({"row": rows, "query": -1, "distance": np.nan, "answers": 0})
         chosen = np.union1d(table["row"], neighbours.ravel()).astype(int)
+        chosen = chosen[~looked_at[chosen]]
+        looked_at[chosen] = True
         twins = chosen[near_duplicates(features.thumbnails(features.rows[chosen]), protected, args.same_correlation)]
         if not len(twins):
             break

@@ -25,19 +25,27 @@ def thumbnails(paths: list[Path], workers: int) -> np.ndarray:
     return np.array(made, dtype=np.uint8).reshape(-1, THUMBNAIL_PX, THUMBNAIL_PX)
 
 
-def near_duplicates(pictures: np.ndarray, protected: np.ndarray, correlation: float, block: int = 1024) -> np.ndarray:
+def near_duplicates(pictures: np.ndarray, protected: np.ndarray, correlation: float) -> np.ndarray:
     """Which thumbnails `pictures` (N, 16, 16) show what one of `protected` (P, 16, 16) shows: bool (N,).
 
-    Two are near-duplicates when their grey values correlate by at least `correlation` in one of the eight right-angle
-    views. Correlation does not see a change of brightness or contrast; flat thumbnails are never near-duplicates.
+    Two are near-duplicates when their `correlations` reach `correlation`.
+    """
+    return correlations(pictures, protected) >= correlation
+
+
+def correlations(pictures: np.ndarray, protected: np.ndarray, block: int = 256) -> np.ndarray:
+    """The highest correlation (N,) of the grey values of each of `pictures` with any of `protected`.
+
+    Every right-angle view of `protected` counts, turned and mirrored. Correlation does not see a change of brightness
+    or contrast; a flat thumbnail has none with anything, 0, and -1 stands where nothing is protected.
     """
     views = [np.rot90(side, turns, axes=(1, 2)) for side in (protected, protected[:, :, ::-1]) for turns in range(4)]
     views = np.concatenate([_directions(view) for view in views]).T
-    found = np.zeros(len(pictures), dtype=bool)
+    highest = np.empty(len(pictures))
     for start in range(0, len(pictures), block):
-        part = _directions(pictures[start : start + block])
-        found[start : start + block] = (part @ views).max(axis=1, initial=-1.0) >= correlation
-    return found
+        part = _directions(pictures[start : start + block]) @ views
+        highest[start : start + block] = part.max(axis=1, initial=-1.0)
+    return highest
 
 
 def _directions(pictures: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from dasc.run import InputError
 
@@ -44,7 +45,7 @@ def nearest(
     kept = k + SPARE
     best = torch.full((len(wanted), kept), -torch.inf, device=device)
     rows = torch.zeros((len(wanted), kept), dtype=torch.long, device=device)
-    for start in range(0, len(allowed), BLOCK):
+    for start in tqdm(range(0, len(allowed), BLOCK), "nearest", leave=False, disable=len(allowed) <= BLOCK):
         may = allowed[start : start + BLOCK]
         if not may.any():
             continue

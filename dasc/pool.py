@@ -93,27 +93,29 @@ class PoolFeatures:
         """
         keys = np.array([_key(folder, patch) for patch in patches], dtype=np.uint64)
         missing = np.flatnonzero(~np.isin(keys, self._keys()))
-        device = next(network.parameters()).device
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                file.truncate(file.tell() // self.type.itemsize * self.type.itemsize)  # a killed run's half record
-                progress = tqdm(total=len(missing), desc="pool", unit="patch")
-                for part, images in _batches(folder, patches, missing, sizes, batch, workers):
-                    records = np.zeros(len(part), dtype=self.type)
-                    records["key"] = keys[part]
-                    records["thumbnail"] = [thumbnail(image) for image in images]
-                    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
-                    records["features"], records["score"] = pooled(network, pixels)
-                    file.write(records.tobytes())
-                    file.flush()
-                    progress.update(len(part))
-                progress.close()
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror or error})") from error
+        if len(missing):
+            try:
+                self._append(network, keys, missing, _batches(folder, patches, missing, sizes, batch, workers))
+            except OSError as error:
+                raise InputError(f"{self.path}: cannot be written ({error.strerror or error})") from error
         known = self._keys()
         order = np.argsort(known, kind="stable")
         self.rows = order[np.searchsorted(known, keys, sorter=order)]
+
+    def _append(self, network: SearchNetwork, keys: np.ndarray, missing: np.ndarray, batches: Iterator) -> None:
+        device = next(network.parameters()).device
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file, tqdm(total=len(missing), desc="pool", unit="patch") as progress:
+            file.truncate(file.tell() // self.type.itemsize * self.type.itemsize)  # a killed run's half record
+            for part, images in batches:
+                records = np.zeros(len(part), dtype=self.type)
+                records["key"] = keys[part]
+                records["thumbnail"] = [thumbnail(image) for image in images]
+                pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
+                records["features"], records["score"] = pooled(network, pixels)
+                file.write(records.tobytes())
+                file.flush()
+                progress.update(len(part))
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Features (stop - start, C) of the records from start to stop."""

@@ -40,7 +40,7 @@ def test_a_copy_is_found(name):
     pictures = [tissue(rng) for _ in range(20)]
     protected = np.array([thumbnail(picture) for picture in pictures])
     changed = np.array([thumbnail(CHANGES[name](picture)) for picture in pictures])
-    assert near_duplicates(changed, protected, SAME, block=7).all()
+    assert near_duplicates(changed, protected, SAME).all()
 
 
 def test_other_tissue_is_not():

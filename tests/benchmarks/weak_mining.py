@@ -3,8 +3,9 @@
 The pool are the candidate nuclei of the training slides that lie away from every mitosis, their labels hidden. Runs
 the scripts as a user would (stage 1, split_patches, weak model, mining, strong model, predict) per share of the
 mitoses, seed and arm; none is the weak model itself. A finished run is a line of OUT/runs.csv and is not run again, so
-that the same command goes on where it was stopped. Then writes weak_mining.png and summary.csv, per share and arm: F1 of
-the seeds, pooled F1 with a 95 % bootstrap over fields, and the difference from random, the same fields drawn for both.
+that the same command goes on where it was stopped. Then writes weak_mining.png and summary.csv, per share and arm: F1
+of the seeds, pooled F1 with a 95 % bootstrap over fields, the difference from random, the same fields drawn for both.
+Several processes may share OUT, each with --seeds of its own, once OUT/pool is there.
 """
 
 import argparse
@@ -44,10 +45,12 @@ def cut_pool(args: argparse.Namespace, home: Path) -> Path:
     everything = ["--test", ",".join(slides), "--random_per_field", 1_000_000, "--hard_negatives", False]
     data = ["--dataset", "mitos14", "--data_root", args.data_root, "--val", args.val, "--patch_size", args.patch_size]
     run(home / "pool/patches.csv", "pre/cut_patch_2.py", *data, *everything, "--out", home / "pool")
-    table = pd.read_csv(home / "pool/patches.csv", dtype={"image": str, "case": str})
-    hidden = table[(table["split"] == "test") & (table["origin"] == "random")]
-    hidden[["patch", "image", "case", "x_px", "y_px"]].to_csv(home / "pool/pool.csv", index=False)
-    return home / "pool/pool.csv"
+    pool = home / "pool/pool.csv"
+    if not pool.exists():
+        table = pd.read_csv(home / "pool/patches.csv", dtype={"image": str, "case": str})
+        hidden = table[(table["split"] == "test") & (table["origin"] == "random")]
+        hidden[["patch", "image", "case", "x_px", "y_px"]].to_csv(pool, index=False)
+    return pool
 
 
 def train(args: argparse.Namespace, patches: Path, out: Path, seed: int) -> int:
@@ -91,8 +94,8 @@ def one_run(args: argparse.Namespace, home: Path, pool: Path, share: float, seed
     epochs = train(args, patches, out, seed)
     table = pd.read_csv(patches)
     table = table[table["split"] == "train"]
-    facts |= {"mitoses": int((table["label"].eq(1) & table["origin"].eq("annotated")).sum())}
-    facts |= {"negatives": int(table["label"].eq(0).sum()), "epochs": epochs}
+    facts |= {"train_mitoses": int((table["label"].eq(1) & table["origin"].eq("annotated")).sum())}
+    facts |= {"train_negatives": int(table["label"].eq(0).sum()), "epochs": epochs}
     metrics = json.loads((out / "test/metrics.json").read_text())
     if arm != "none":
         shutil.rmtree(patches.parent)  # thousands of small files
@@ -115,7 +118,12 @@ def summarise(home: Path, runs: pd.DataFrame) -> pd.DataFrame:
         for arm in (arm for arm in ARMS if arm in counts):
             of_arm = of_share[of_share["arm"] == arm]
             low, high = np.quantile(f1[arm], [0.025, 0.975])
-            row = {"share": share, "arm": arm, "mitoses": of_arm["mitoses"].mean(), "mined": of_arm["mined"].mean()}
+            row = {
+                "share": share,
+                "arm": arm,
+                "train_mitoses": of_arm["train_mitoses"].mean(),
+                "mined": of_arm["mined"].mean(),
+            }
             row |= {"seeds": " ".join(f"{one:.3f}" for one in of_arm.sort_values("seed")["f1"])}
             row |= {"f1": float(counts_to_scores(*counts[arm].sum())[2]), "f1_low": low, "f1_high": high}
             if "random" in f1 and set(of_arm["seed"]) == set(of_share.loc[of_share["arm"] == "random", "seed"]):
@@ -180,7 +188,8 @@ if __name__ == "__main__":
         row = pd.DataFrame([one_run(args, home, pool, share, seed, arm)])
         row.to_csv(runs, mode="a", header=not runs.is_file(), index=False)
         print(
-            row[["share", "seed", "arm", "mitoses", "mined", "epochs", "tp", "fp", "fn", "f1"]].to_string(), flush=True
+            row[["share", "seed", "arm", "train_mitoses", "mined", "epochs", "tp", "fp", "fn", "f1"]].to_string(),
+            flush=True,
         )
     finished = pd.read_csv(runs)
     summary = summarise(home, finished)
