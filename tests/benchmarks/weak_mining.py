@@ -87,7 +87,18 @@ def one_run(args: argparse.Namespace, home: Path, pool: Path, share: float, seed
     if arm != "none":
         mined = weak / f"patches_{arm}"
         mine = ["--manifest", patches, "--model_path", weak / "none/model.pt", "--pool", pool, "--out", mined]
-        mine += ["--query", arm, "--k", args.k, "--features", weak / "features", "--seed", seed]
+        mine += [
+            "--query",
+            arm,
+            "--k",
+            args.k,
+            "--fp_above",
+            args.fp_above,
+            "--features",
+            weak / "features",
+            "--seed",
+            seed,
+        ]
         run(mined / "patches.csv", "NS/weak_mining.py", *mine)
         facts |= {name: json.loads((mined / "weak_mining/run.json").read_text())[name] for name in facts}
         patches = mined / "patches.csv"
@@ -163,6 +174,7 @@ if __name__ == "__main__":
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.3, 1.0], help="of the training mitoses")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--k", type=int, default=20, help="pool patches per false positive")
+    parser.add_argument("--fp_above", type=float, default=0.1, help="probability of a false positive on val")
     parser.add_argument("--visits", type=int, default=15_000, help="patches seen in one training")
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--init_weights", default="data/lite0.pt", help="see lite0_weights.py")
