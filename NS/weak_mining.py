@@ -50,10 +50,11 @@ SAME_CORRELATION = 0.95  # thumbnails that correlate by this much show the same 
 UNKNOWN_SLIDES = False  # True: take pool patches whose slide is not known
 SHEET_ROWS = 40  # false positives on the contact sheet, the most probable first
 DEVICE = "auto"  # auto, cpu, cuda or mps
-BATCH_SIZE = 256  # patches embedded together
+BATCH_SIZE = 64  # patches embedded together; less takes less memory
 SEED = 0  # of the query `random`
 WORKERS = 2  # threads that read patches
 
+MINED = "train/negative/mined_"  # how the names of mined patches begin
 COLUMNS = 12  # of the contact sheet: a false positive and its nearest neighbours
 
 
@@ -110,7 +111,8 @@ def main(args: argparse.Namespace) -> int:
 
     mined = pd.concat([mined, pool.iloc[mined["row"]].reset_index(drop=True)], axis=1)
     mined = mined.rename(columns={"patch": "pool_patch"})
-    mined["patch"] = [f"train/negative/mined_{number:06d}.png" for number in range(len(mined))]
+    mined_before = int(table["patch"].str.startswith(MINED).sum())
+    mined["patch"] = [f"{MINED}{mined_before + number:06d}.png" for number in range(len(mined))]
     mined["false_positive"] = false_positives["patch"].reindex(mined["query"]).fillna("").to_numpy()
     mined["score"] = features.scores(features.rows[mined["row"]]).round(6)
 

@@ -14,7 +14,7 @@ SPLITS = ("train", "val", "test")
 
 # One row per nucleus patch. patch: POSIX path relative to the manifest, the key of every later table.
 # x_px, y_px: its centre in the field; point_x_px, point_y_px: the annotated point in the patch, empty without one;
-# score: p(mitosis) of the search network where origin is searched, else empty.
+# score: p(mitosis) of the search network where origin is searched, of the weak model where it is mined, else empty.
 PATCHES = {
     "patch": str,
     "image": str,

@@ -31,7 +31,8 @@ def nearest(
         read: features (stop - start, C) of the pool's rows from start to stop. at: those (R, C) of the given rows (R,).
         metric: l2 (Euclidean distance) or cosine (1 - cosine similarity, so that the most similar are the nearest).
 
-    Returns: rows (Q, k) int64 and distances (Q, k) float64, nearest first; of equally near ones the lower row.
+    Returns: rows (Q, k) int64 and distances (Q, k) float64, nearest first; of equally near ones the lower row,
+        unless more than SPARE of them compete for the last place.
 
     Raises:
         InputError: features that do not have the queries' width, or fewer than k allowed rows.

@@ -102,7 +102,7 @@ def replacing_folder(out: Path, mark: str) -> Iterator[Path]:
             out.rename(previous)
         partial.rename(out)
     except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror or error})") from error
+        raise InputError(f"{out}: cannot be written ({error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

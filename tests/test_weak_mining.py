@@ -178,6 +178,20 @@ def test_rerun_gives_the_same_bytes_and_keeps_the_older(here):
         assert (here / "mined.previous" / name).read_bytes() == content
 
 
+def test_a_second_round_takes_others(here):
+    """The strong model's errors are mined in turn, into the same folder; the first round's patches stay."""
+    succeed(*mine(here, "--fp_above", 0.01))
+    first = read_patches(here / "mined/patches.csv")
+    succeed("NS/sigle.py", *LIGHTER["NS/sigle.py"], "--manifest", here / "mined/patches.csv", "--out", here / "strong")
+    again = ["--manifest", here / "mined/patches.csv", "--model_path", here / "strong/model.pt"]
+    succeed(*mine(here, "--fp_above", 0.0, *again))
+    second = read_patches(here / "mined/patches.csv")
+    assert second[: len(first)].equals(first) and len(second) > len(first)
+    mined = [pd.read_csv(here / folder / "mined.csv") for folder in ("mined.previous", "mined")]
+    assert not set(mined[0]["pool_patch"]) & set(mined[1]["pool_patch"])
+    assert all((here / "mined" / patch).is_file() for patch in second["patch"])
+
+
 def test_unknown_slides(here):
     draw(here / WEAK / "example_1.png", 77)
     fails(*mine(here), says="--unknown_slides True")
@@ -265,9 +279,8 @@ def test_mitoses_with_a_pool_cut_from_fields(small_run, tmp_path):
     assert set(mined["pool_patch"]) <= set(table.loc[(table["split"] == "train") & (table["label"] == 0), "patch"])
     added = read_patches(tmp_path / "mined/patches.csv")[len(table) :]
     assert added["x_px"].notna().all() and added["case"].tolist() == mined["case"].tolist()
-    done = succeed(
-        "NS/sigle.py", *LIGHT, "--manifest", tmp_path / "mined/patches.csv", "--out", tmp_path / "NS", "--epochs", 1
-    )
+    train = ["--manifest", tmp_path / "mined/patches.csv", "--out", tmp_path / "NS", "--epochs", 1, "--views", 1]
+    done = succeed("NS/sigle.py", *LIGHT, *train)
     assert "val fields: F1" in done.out
     run = json.loads((tmp_path / "pool/run.json").read_text())
     run["arguments"]["normalise_stain"] = False
