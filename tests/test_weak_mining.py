@@ -257,18 +257,8 @@ def test_mitoses_with_a_pool_cut_from_fields(small_run, tmp_path):
     manifest, model = small_run / "patches/patches.csv", small_run / "NS/model.pt"
     shutil.copytree(small_run / "patches", tmp_path / "pool")
     table = read_patches(manifest)
-    common = [
-        "--features",
-        tmp_path / "f",
-        "--fp_above",
-        0.0001,
-        "--k",
-        5,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "mined",
-    ]
+    common = ["--features", tmp_path / "f", "--fp_above", 0.0001, "--k", 5, "--sheet_rows", 3]
+    common += ["--device", "cpu", "--out", tmp_path / "mined"]
     flags = ["--manifest", manifest, "--model_path", model, *common]
     fails("NS/weak_mining.py", *flags, "--pool", tmp_path / "pool/patches.csv", says="pool patches may be mined")
     for patch in table["patch"]:  # mirrored top to bottom they would be the same tissue still; scrambled they are not
