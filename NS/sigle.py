@@ -1,7 +1,7 @@
 """Stage 2 of 9: train the search network that tells mitosis from negative patches.
 
 Reads patches.csv and the patches of stage 1 (or 3), and the dataset's val fields to choose the threshold; patches that
-come from no fields (pre/split_patches.py) have it chosen on the val patches.
+come from no fields (pre/split_patches.py) have it chosen on the val patches and are judged in OUT/test.json.
 Writes OUT/model.pt (best epoch on val), log.csv, curves.png, val_curve.csv, run.json and, to resume from, last.pt.
 """
 
@@ -23,8 +23,25 @@ from dasc.figures import curves, precision_recall
 from dasc.manifest import LABELS, read_cut_fields, read_cut_run, read_patches, sha256
 from dasc.network import CLASSES, SearchNetwork, check_same_run, load_backbone_weights, read_checkpoint, update_average
 from dasc.patches import load_patches
-from dasc.run import InputError, pick_device, record_run, run_script, save_checkpoint, true_or_false, write_csv
-from dasc.training import balanced_order, best_f1, check_val_fields, cosine, threshold_on_patches, threshold_on_val
+from dasc.run import (
+    InputError,
+    pick_device,
+    record_run,
+    run_script,
+    save_checkpoint,
+    true_or_false,
+    write_csv,
+    write_json,
+)
+from dasc.training import (
+    balanced_order,
+    best_f1,
+    check_val_fields,
+    cosine,
+    judge_patches,
+    threshold_on_patches,
+    threshold_on_val,
+)
 
 # Edit here, or override one run with the flag of the same name.
 MANIFEST = "data/patches/patches.csv"  # patches to train on
@@ -179,6 +196,11 @@ def main(args: argparse.Namespace) -> int:
     else:
         scores = score_patches(average, val_patches, 2 * args.batch_size, args.views)
         config["threshold"], curve = threshold_on_patches(val["label"].to_numpy(), scores.numpy())
+        test = table[table["split"] == "test"]
+        if len(test):  # predict.py cannot judge patches that come from no fields
+            patches = load_patches([manifest.parent / patch for patch in test["patch"]], args.workers)
+            scores = score_patches(average, patches, 2 * args.batch_size, args.views)
+            write_json(out / "test.json", judge_patches(test["label"].to_numpy(), scores.numpy(), config["threshold"]))
     save_checkpoint(out / "model.pt", {"model": best, "config": config})
     write_csv(out / "val_curve.csv", curve.round(6))
     curves(out / "curves.png", pd.DataFrame(log), {"cross entropy": ["loss"], "F1 of the val patches": ["val_f1"]})

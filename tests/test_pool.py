@@ -38,7 +38,6 @@ def embed(network, folder, batch=4, sizes=(32, 32)):
     """The features of a folder, and how many patches the network was shown."""
     seen = []
     features = PoolFeatures(folder.parent / "features", "a" * 64, WIDTH)
-    handle = network.register_forward_pre_hook(lambda *_: None)
     whole = dasc.pool.pooled
     dasc.pool.pooled = lambda net, patches: seen.append(len(patches)) or whole(net, patches)
     try:
@@ -46,7 +45,6 @@ def embed(network, folder, batch=4, sizes=(32, 32)):
         features.embed(network, folder, table["patch"].tolist(), sizes, batch, 2)
     finally:
         dasc.pool.pooled = whole
-        handle.remove()
     return features, table, sum(seen)
 
 

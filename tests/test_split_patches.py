@@ -14,7 +14,7 @@ from dasc.network import read_checkpoint
 from dasc.patches import read_patch
 from dasc.run import InputError
 from dasc.splits import draw_share, draw_slides
-from dasc.training import threshold_on_patches
+from dasc.training import judge_patches, threshold_on_patches
 
 
 def write_image(path, seed, size=40):
@@ -64,6 +64,9 @@ def test_trained_with_the_threshold_of_the_val_patches(labelled, tmp_path):
     done = succeed("NS/sigle.py", *LIGHT, "--manifest", manifest, "--out", tmp_path / "weak", "--epochs", 1)
     assert "val patches: F1" in done.out
     assert 0 < read_checkpoint(tmp_path / "weak/model.pt")["config"]["threshold"] < 1
+    figures = json.loads((tmp_path / "weak/test.json").read_text())
+    test = read_patches(manifest).query("split == 'test'")["label"]
+    assert figures["tp"] + figures["fn"] == test.sum() and figures["fp"] + figures["tn"] == (test == 0).sum()
     model = ["--model_path", tmp_path / "weak/model.pt", "--out", tmp_path / "predict"]
     fails("predict.py", "--images", labelled, *model, says="unknown resolution")
     assert not (tmp_path / "predict").exists()
@@ -204,6 +207,13 @@ def test_threshold_on_patches_is_the_best_of_all():
     assert f1(threshold) == max(f1(one) for one in np.unique(scores)) == pytest.approx(curve["f1"].max())
     for row in curve.itertuples():
         assert row.f1 == pytest.approx(f1(row.threshold))
+
+
+def test_judge_patches():
+    labels, scores = np.array([1, 1, 1, 0, 0, 0]), np.array([0.9, 0.5, 0.4, 0.6, 0.1, 0.2])
+    figures = judge_patches(labels, scores, 0.5)
+    assert [figures[name] for name in ("tp", "fp", "fn", "tn")] == [2, 1, 1, 2]
+    assert figures["precision"] == figures["recall"] == figures["f1"] == pytest.approx(2 / 3)
 
 
 def test_a_script_that_needs_fields_says_so(labelled, tmp_path):

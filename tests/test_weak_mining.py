@@ -9,12 +9,15 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from pipeline import LIGHT, ROOT, fails, succeed
 
 from dasc.fields import read_field
 from dasc.manifest import read_patches
 from dasc.mining import distance
+from dasc.network import load_network
 from dasc.patches import read_patch, write_patch
+from dasc.pool import pooled
 
 SHARED = ROOT.parent / "shared/data"
 HARD, WEAK = "data/hard_labeled_dataset", "data/weakly_labeled_dataset"
@@ -118,15 +121,10 @@ def test_what_is_mined(hierarchy, tmp_path, query):
 def test_nearest_to_the_false_positive_it_names(hierarchy, tmp_path):
     """mined.csv against features computed one patch at a time."""
     succeed(*mine(hierarchy, "--fp_above", 0.01, out=tmp_path / "mined"))
-    from torch import from_numpy
-
-    from dasc.network import load_network
-    from dasc.pool import pooled
-
     network, _ = load_network(hierarchy / "results/weak/model.pt", "cpu")
 
     def features(image):
-        found, score = pooled(network, from_numpy(image).permute(2, 0, 1)[None])
+        found, score = pooled(network, torch.from_numpy(image).permute(2, 0, 1)[None])
         return found[0].astype(np.float16), float(score[0])
 
     errors = pd.read_csv(tmp_path / "mined/false_positives.csv")
