@@ -160,7 +160,7 @@ def draw(path: Path, summary: pd.DataFrame, runs: pd.DataFrame) -> None:
     axis.set_xticks(range(len(shares)), [f"{100 * share:g} %" for share in shares])
     axis.set(xlabel="share of the training mitoses", ylabel="F1 on the test slide")
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(title="mined", ncols=5, fontsize=8)
+    figure.legend(title="mined", ncols=len(ARMS), fontsize=8, loc="outside upper center")
     figure.savefig(path, dpi=120)
 
 
