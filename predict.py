@@ -103,6 +103,8 @@ def main(args: argparse.Namespace) -> int:
     fields, annotations = dataset_fields(args) if args.dataset else image_fields(args.images)
     model_path = Path(args.model_path)
     network, config = load_network(model_path, pick_device(args.device))
+    if not config["um_per_px"]:
+        raise InputError(f"{model_path}: trained on patches of unknown resolution, so it cannot scan images")
     threshold = resolve_threshold(args.threshold, config, model_path)
     with only_run(Path(args.out)):
         return predict(fields, annotations, network, config, threshold, args)

@@ -1,8 +1,9 @@
 """Stage 2 of 9: train the search network that tells mitosis from negative patches.
 
-Reads patches.csv and the patches of stage 1 (or 3), and the dataset's val fields to choose the threshold.
-Writes OUT/model.pt (best epoch on val), log.csv, curves.png, val_curve.csv, reliability.png (calibration),
-run.json and, to resume from, last.pt.
+Reads patches.csv and the patches of stage 1 (or 3), and the dataset's val fields to choose the threshold; patches that
+come from no fields (pre/split_patches.py) have it chosen on the val patches and are judged in OUT/test.json.
+Writes OUT/model.pt (best epoch on val), log.csv, curves.png, val_curve.csv, reliability.png (calibration; with fields
+only), run.json and, to resume from, last.pt.
 """
 
 import argparse
@@ -23,8 +24,25 @@ from dasc.figures import curves, precision_recall
 from dasc.manifest import LABELS, read_cut_fields, read_cut_run, read_patches, sha256
 from dasc.network import CLASSES, SearchNetwork, check_same_run, load_backbone_weights, read_checkpoint, update_average
 from dasc.patches import load_patches
-from dasc.run import InputError, pick_device, record_run, run_script, save_checkpoint, true_or_false, write_csv
-from dasc.training import balanced_order, best_f1, check_val_fields, cosine, threshold_on_val
+from dasc.run import (
+    InputError,
+    pick_device,
+    record_run,
+    run_script,
+    save_checkpoint,
+    true_or_false,
+    write_csv,
+    write_json,
+)
+from dasc.training import (
+    balanced_order,
+    best_f1,
+    check_val_fields,
+    cosine,
+    judge_patches,
+    threshold_on_patches,
+    threshold_on_val,
+)
 
 # Edit here, or override one run with the flag of the same name.
 MANIFEST = "data/patches/patches.csv"  # patches to train on
@@ -92,9 +110,11 @@ def main(args: argparse.Namespace) -> int:
                 raise InputError(
                     f"{manifest}: split {name} has no {word} patch ({len(part)} in all); see --val, --test"
                 )
-    cut = read_cut_run(manifest.parent)["arguments"]
-    data_root, fields, annotations = read_cut_fields(manifest.parent, args.data_root)
-    check_val_fields(data_root, fields)
+    run = read_cut_run(manifest.parent)
+    cut, cut_fields = run["arguments"], None
+    if run["data_root"] is not None:
+        cut_fields = read_cut_fields(manifest.parent, args.data_root)
+        check_val_fields(*cut_fields[:2])
     train_patches, val_patches = (
         load_patches([manifest.parent / patch for patch in part["patch"]], args.workers) for part in (train, val)
     )
@@ -164,19 +184,26 @@ def main(args: argparse.Namespace) -> int:
         write_csv(out / "log.csv", pd.DataFrame(log).round(6))
 
     average.load_state_dict(best)
-    facts, curve = threshold_on_val(
-        average,
-        config,
-        data_root,
-        fields,
-        annotations,
-        batch_size=2 * args.batch_size,
-        per_mm2=args.per_mm2,
-        match_um=args.match_um,
-        views=args.views,
-        reliability_path=out / "reliability.png",
-    )
-    config |= facts
+    if cut_fields:
+        facts, curve = threshold_on_val(
+            average,
+            config,
+            *cut_fields,
+            batch_size=2 * args.batch_size,
+            per_mm2=args.per_mm2,
+            match_um=args.match_um,
+            views=args.views,
+            reliability_path=out / "reliability.png",
+        )
+        config |= facts
+    else:
+        scores = score_patches(average, val_patches, 2 * args.batch_size, args.views)
+        config["threshold"], curve = threshold_on_patches(val["label"].to_numpy(), scores.numpy())
+        test = table[table["split"] == "test"]
+        if len(test):  # predict.py cannot judge patches that come from no fields
+            patches = load_patches([manifest.parent / patch for patch in test["patch"]], args.workers)
+            scores = score_patches(average, patches, 2 * args.batch_size, args.views)
+            write_json(out / "test.json", judge_patches(test["label"].to_numpy(), scores.numpy(), config["threshold"]))
     save_checkpoint(out / "model.pt", {"model": best, "config": config})
     write_csv(out / "val_curve.csv", curve.round(6))
     curves(out / "curves.png", pd.DataFrame(log), {"cross entropy": ["loss"], "F1 of the val patches": ["val_f1"]})
@@ -184,9 +211,9 @@ def main(args: argparse.Namespace) -> int:
     epoch = max(range(len(log)), key=lambda index: log[index]["val_f1"])
     record_run(out, args, patches=len(table), best_epoch=epoch, threshold=config["threshold"])
     f1 = curve["f1"].max() if len(curve) else 0.0
-    print(
-        f"best epoch {epoch}; val fields: F1 {f1:.3f} at threshold {config['threshold']:.3f}; wrote {out / 'model.pt'}"
-    )
+    judged = "fields" if cut_fields else "patches"
+    print(f"best epoch {epoch}; val {judged}: F1 {f1:.3f} at threshold {config['threshold']:.3f}")
+    print(f"wrote {out / 'model.pt'}")
     return 0
 
 

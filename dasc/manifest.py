@@ -14,7 +14,7 @@ SPLITS = ("train", "val", "test")
 
 # One row per nucleus patch. patch: POSIX path relative to the manifest, the key of every later table.
 # x_px, y_px: its centre in the field; point_x_px, point_y_px: the annotated point in the patch, empty without one;
-# score: p(mitosis) of the search network where origin is searched, else empty.
+# score: p(mitosis) of the search network where origin is searched, of the weak model where it is mined, else empty.
 PATCHES = {
     "patch": str,
     "image": str,
@@ -100,7 +100,12 @@ def read_cut_fields(folder: Path, data_root: str = "") -> tuple[Path, pd.DataFra
 
     Args:
         data_root: dataset folder that holds the images; empty means where it lay at stage 1.
+
+    Raises:
+        InputError: as `read_table`; patches that come from no fields.
     """
+    if read_cut_run(folder)["data_root"] is None:
+        raise InputError(f"{folder}: these patches come from no fields, and this script needs fields")
     made_by = "python pre/cut_patch_2.py"
     fields = read_table(folder / "fields.csv", FIELDS, made_by)
     annotations = read_table(folder / "annotations.csv", ANNOTATIONS, made_by)
@@ -109,6 +114,8 @@ def read_cut_fields(folder: Path, data_root: str = "") -> tuple[Path, pd.DataFra
 
 def read_cut_run(folder: Path) -> dict:
     """How stage 1 cut the patches of a folder: its run.json, with data_root and arguments.
+
+    A data_root of None says that the patches come from no fields (pre/split_patches.py).
 
     Raises:
         InputError: no run.json, or not one of stage 1.

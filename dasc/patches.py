@@ -1,6 +1,8 @@
 """Nucleus patches: cut from a field at one resolution, written as PNG, read into memory."""
 
 import math
+import shutil
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
+from tqdm import tqdm
 
 from dasc.run import InputError
 
@@ -73,6 +76,22 @@ def write_patch(path: Path, patch: np.ndarray) -> None:
         path.write_bytes(data.tobytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def copy_patches(folder: Path, to: Path, patches: Iterable[str]) -> None:
+    """Copy patches and, where they are there, fields.csv, annotations.csv and run.json to another folder.
+
+    Raises:
+        InputError: a patch that is gone.
+    """
+    for patch in tqdm(list(patches), "patches copied", leave=False):
+        if not (folder / patch).is_file():
+            raise InputError(f"{folder / patch}: patch is gone; cut the patches again")
+        (to / patch).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / patch, to / patch)
+    for name in ("fields.csv", "annotations.csv", "run.json"):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, to / name)
 
 
 def read_patch(path: Path) -> np.ndarray:

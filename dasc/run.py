@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -127,6 +128,34 @@ def _is_stale(path: Path) -> bool:
     except PermissionError:
         return False
     return int(words[1]) == os.getpid()
+
+
+def check_replaceable(out: Path, mark: str) -> None:
+    """Raise InputError where the folder `out` holds files but no `mark`: it is not one that we wrote."""
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / mark).is_file())):
+        raise InputError(f"{out}: holds files but no {mark}; name another --out")
+
+
+@contextlib.contextmanager
+def replacing_folder(out: Path, mark: str) -> Iterator[Path]:
+    """Yield a new folder beside `out` that takes its place when the block ends without an error.
+
+    The older one stays as `<out>.previous`. Errors: InputError as `check_replaceable`, or where it cannot be written.
+    """
+    check_replaceable(out, mark)
+    partial, previous = (out.with_name(f"{out.name}.{word}") for word in (f"{os.getpid()}.partial", "previous"))
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if out.exists():
+            if previous.exists():
+                shutil.rmtree(previous)
+            out.rename(previous)
+        partial.rename(out)
+    except OSError as error:
+        raise WriteError(f"{out}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,8 +2,14 @@
 
 import math
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.spatial import cKDTree
+from sklearn.model_selection import StratifiedGroupKFold
 
 from dasc.run import InputError
 
@@ -68,6 +74,59 @@ def assign_splits(name: str, fields: list[Field], val: list[str] | None, test: l
     for side, names in (("val", val), ("test", test)):
         if names and all(field.split != side for field in fields):
             raise InputError(f"--{side} {','.join(names)}: these cases are unlabelled; name cases with annotations")
+
+
+def draw_slides(labels: np.ndarray, cases: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """Draw a side for every slide of labelled patches: one of `folds` parts is val, one test, the rest train.
+
+    Args:
+        labels: (N,) 0 or 1; the parts have as even a share of both as whole slides allow. cases: slide (N,) of each.
+
+    Returns: side (N,) of each patch.
+
+    Raises:
+        InputError: fewer slides or patches than three sides need.
+    """
+    slides, counts = sorted(set(cases)), np.bincount(labels, minlength=2)
+    if len(slides) < 3 or counts.max() < 3:
+        raise InputError(
+            f"{len(slides)} slide{'s' * (len(slides) != 1)} ({', '.join(slides[:3])}) with {counts[1]} positive and "
+            f"{counts[0]} negative patches: train, val and test each need a slide of their own, as no slide is "
+            "divided; add slides, or name --val and leave out the test"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a label with fewer patches than folds: the caller checks
+        drawn = StratifiedGroupKFold(max(3, min(folds, len(slides), counts.max())), shuffle=True, random_state=seed)
+        parts = list(drawn.split(labels, labels, cases))
+    sides = np.full(len(labels), "train", dtype=object)
+    for side, (_, members) in zip(("val", "test"), parts, strict=False):
+        sides[members] = side
+    return sides
+
+
+def draw_share(train: pd.DataFrame, share: float, share_of: str, seed: int) -> pd.Series:
+    """Which training patches stay when only a share is annotated: bool, with the index of `train`.
+
+    The shifted copies of a mitosis stay or go with it. A smaller share of the same seed lies inside a larger one.
+
+    Args:
+        train: rows of patches.csv. share: above 0, to 1; of each label at least one patch stays.
+        share_of: all, or positives (every negative stays).
+    """
+    owner = train["patch"].copy()
+    copies = train["origin"] == "shifted"
+    for image, moved in train[copies].groupby("image"):
+        annotated = train[(train["image"] == image) & (train["label"] == 1) & ~copies]
+        if annotated.empty:
+            continue
+        nearest = cKDTree(annotated[["x_px", "y_px"]]).query(moved[["x_px", "y_px"]])[1]
+        owner[moved.index] = annotated["patch"].to_numpy()[nearest]
+    kept = pd.Series(True, index=train.index)
+    for label in (0, 1) if share_of == "all" else (1,):
+        members = owner[train["label"] == label]
+        drawn = np.random.default_rng([seed, label]).permutation(sorted(set(members)))
+        kept[members.index] = members.isin(drawn[: math.ceil(share * len(drawn))])
+    return kept
 
 
 def _find_groups(fields: list[Field], names: Iterable[str], side: str) -> set[str]:

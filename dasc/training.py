@@ -14,7 +14,7 @@ from dasc.calibration import calibrate, fit_calibration, reliability, right_dete
 from dasc.detect import scan_field
 from dasc.fields import read_field
 from dasc.manifest import LABELS
-from dasc.metrics import choose_threshold
+from dasc.metrics import choose_threshold, counts_to_scores
 from dasc.network import SearchNetwork
 from dasc.run import InputError
 
@@ -47,6 +47,22 @@ def check_val_fields(data_root: Path, fields: pd.DataFrame) -> None:
     for path in fields.loc[fields["split"] == "val", "path"]:
         if not (data_root / path).is_file():
             raise InputError(f"{data_root / path}: this val field is gone; --data_root names the dataset's folder")
+
+
+def threshold_on_patches(labels: np.ndarray, scores: np.ndarray) -> tuple[float, pd.DataFrame]:
+    """As `threshold_on_val`, for patches that come from no fields: labels (N,) 0 or 1, scores (N,) of val."""
+    here, nowhere = np.zeros((1, 2)), np.empty((0, 2))
+    found = [(here if label else nowhere, here, np.array([score])) for label, score in zip(labels, scores, strict=True)]
+    return choose_threshold(found, radius=1.0)  # every patch is a field with one detection in it
+
+
+def judge_patches(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict:
+    """How well scores (N,) >= threshold tell the labels (N,) 0 or 1: tp fp fn tn precision recall f1 threshold."""
+    found, real = scores >= threshold, labels == 1
+    tp, fp, fn = (int(part.sum()) for part in (found & real, found & ~real, ~found & real))
+    precision, recall, f1 = (float(score) for score in counts_to_scores(tp, fp, fn))
+    counts = {"tp": tp, "fp": fp, "fn": fn, "tn": len(labels) - tp - fp - fn}
+    return counts | {"precision": precision, "recall": recall, "f1": f1, "threshold": float(threshold)}
 
 
 def threshold_on_val(

@@ -1,0 +1,137 @@
+"""Before stage 2, in place of stage 1: labelled patches, or a share of them, as a manifest split by slide.
+
+Reads a folder of patches whose label and slide stand in their names (pos_A00044_5282-12339.png), or a patches.csv.
+Writes OUT: {train,val,test}/{mitosis,negative}/*.png, patches.csv and run.json; of a patches.csv its fields.csv and
+annotations.csv too. Label 1, elsewhere called mitosis, is whatever pos_ stands for.
+"""
+
+import argparse
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from dasc.fields import read_field
+from dasc.manifest import LABELS, PATCHES, SPLITS, read_patches
+from dasc.named import FORM, labelled_images, read_square
+from dasc.patches import copy_patches, write_patch
+from dasc.run import InputError, check_replaceable, record_run, replacing_folder, run_script, write_csv
+from dasc.splits import draw_share, draw_slides, parse_cases
+
+# Edit here, or override one run with the flag of the same name.
+LABELLED = "data/hard_labeled_dataset"  # folder of named patches, or a patches.csv, which keeps its own split
+OUT = "data/patches_weak"  # folder to write
+VAL = ""  # slides for validation, A,B; with TEST empty too: drawn
+TEST = ""  # slides for the test
+FOLDS = 5  # of how many parts of the slides val is one and the test one, where they are drawn
+PATCH_SIZE = 224  # side of the patches written, in px; named patches are brought to it
+PATCH_UM_PER_PX = 0.0  # resolution of the patches written; 0: unknown, and then no image can be scanned with the model
+TRAIN_SHARE = 1.0  # share of the training patches that stays, above 0: what if fewer had been annotated
+SHARE_OF = "all"  # all: of both labels; positives: every negative stays
+SEED = 0  # of the slides and the share
+WORKERS = 2  # threads that read and write patches
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags: the constants above in lower case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--labelled", default=LABELLED, help="folder of named patches, or a patches.csv")
+    parser.add_argument("--out", default=OUT, help="folder to write")
+    parser.add_argument("--val", default=VAL, help="slides for validation, A,B (default: drawn)")
+    parser.add_argument(
+        "--test", default=TEST, help="slides for the test, A,B (default: drawn; none where --val is set)"
+    )
+    parser.add_argument("--folds", type=int, default=FOLDS, help="parts of the slides; val is one, the test one")
+    parser.add_argument("--patch_size", type=int, default=PATCH_SIZE, help="side of the patches written, in px")
+    parser.add_argument("--patch_um_per_px", type=float, default=PATCH_UM_PER_PX, help="their resolution; 0: unknown")
+    parser.add_argument("--train_share", type=float, default=TRAIN_SHARE, help="share of the training patches")
+    parser.add_argument("--share_of", default=SHARE_OF, choices=("all", "positives"), help="what the share is of")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--workers", type=int, default=WORKERS, help="threads that read and write patches")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    if not 0 < args.train_share <= 1:
+        raise InputError(f"--train_share {args.train_share}: expected above 0, to 1")
+    out, labelled = Path(args.out), Path(args.labelled)
+    if not labelled.exists():
+        raise InputError(f"{labelled}: not there; expected a folder of patches called {FORM}, or a patches.csv")
+    check_replaceable(out, "patches.csv")
+    table = named_patches(labelled, args) if labelled.is_dir() else read_patches(labelled)
+    train = table[table["split"] == "train"]
+    kept = draw_share(train, args.train_share, args.share_of, args.seed)
+    table = table.drop(index=kept.index[~kept]).reset_index(drop=True)
+
+    with replacing_folder(out, "patches.csv") as partial:
+        for split in SPLITS:
+            for word in LABELS.values():
+                (partial / split / word).mkdir(parents=True)
+        if labelled.is_dir():
+            write_named(table, partial, args)
+        else:
+            copy_cut(table, labelled.parent, partial, args)
+        write_csv(partial / "patches.csv", table[list(PATCHES)])
+    counts = table.groupby(["split", "label"]).size().rename("patches")
+    print(counts.to_string())
+    slides = ", ".join(f"{table.loc[table['split'] == split, 'case'].nunique()} in {split}" for split in SPLITS)
+    print(f"slides: {slides}; wrote {out / 'patches.csv'}")
+    return 0
+
+
+def named_patches(folder: Path, args: argparse.Namespace) -> pd.DataFrame:
+    """Rows of patches.csv for a folder of named patches, with the column path beside."""
+    found = labelled_images(folder)
+    cases = found["case"].to_numpy()
+    val, test = parse_cases(args.val), parse_cases(args.test)
+    unknown = [name for name in (*val, *test) if name not in set(cases)]
+    if unknown or set(val) & set(test):
+        reason = f"no slide {unknown[0]}" if unknown else "one slide goes to one side"
+        raise InputError(f"--val {args.val} --test {args.test}: {reason}; found {', '.join(sorted(set(cases)))}")
+    if val or test:
+        found["split"] = np.select([np.isin(cases, val), np.isin(cases, test)], ["val", "test"], "train")
+    else:
+        found["split"] = draw_slides(found["label"].to_numpy(), cases, args.folds, args.seed)
+    for split in ("train", "val"):
+        for label, word in LABELS.items():
+            if not ((found["split"] == split) & (found["label"] == label)).any():
+                per_slide = found.groupby("case")["label"].agg(["sum", "size"])
+                held = ", ".join(f"{slide} {row['sum']} of {row['size']}" for slide, row in per_slide[:12].iterrows())
+                raise InputError(
+                    f"{folder}: split {split} has no {word} patch (label {label}); positives per slide: {held}; "
+                    "name --val and --test so that training and val have both"
+                )
+    names = [f"{row.split}/{LABELS[row.label]}/{row.path.stem}.png" for row in found.itertuples()]
+    twice = pd.Series(names)[pd.Series(names).duplicated()]
+    if len(twice):
+        raise InputError(f"{folder}: two patches are called {Path(twice.iloc[0]).stem}; rename one")
+    unknown_place = dict.fromkeys(("x_px", "y_px", "point_x_px", "point_y_px", "score"), np.nan)
+    return found.assign(patch=names, image=cases, origin="annotated", **unknown_place)
+
+
+def write_named(table: pd.DataFrame, partial: Path, args: argparse.Namespace) -> None:
+    """Write the patches at --patch_size, all from files of one size."""
+    source_px = read_field(table["path"].iloc[0]).shape[0]
+
+    def write(row) -> None:
+        write_patch(partial / row.patch, read_square(row.path, source_px, args.patch_size).transpose(2, 0, 1))
+
+    with ThreadPoolExecutor(max(1, args.workers)) as pool:
+        list(tqdm(pool.map(write, table.itertuples()), "patches", len(table)))
+    cut = argparse.Namespace(**vars(args), source_px=source_px, normalise_stain=False)
+    record_run(partial, cut, data_root=None, patches=len(table))
+
+
+def copy_cut(table: pd.DataFrame, folder: Path, partial: Path, args: argparse.Namespace) -> None:
+    """Copy the patches that stay, and how they were cut."""
+    copy_patches(folder, partial, table["patch"])
+    record_run(partial / "split_patches", args, patches=len(table))  # OUT/run.json says how the patches were cut
+
+
+if __name__ == "__main__":
+    run_script(main, build_parser().parse_args())
