@@ -41,7 +41,7 @@ demo: .venv/installed
 	$(RUN) clus_scl.py
 	$(RUN) DMU/hard_scl_main.py $(LIGHT) --epochs 8 --warmup 2 --cluster_every 3
 	$(RUN) predict.py --dataset sample --data_root data/sample
-	@echo "Look at results/predict/*/overlay.png: green true, yellow false, blue missed (synthetic tissue)."
+	@echo "Look at results/predict/report.html and */overlay.png: green true, yellow false, blue missed (synthetic tissue)."
 
 mitos14: $(R14)/predict/metrics.json
 	cat $<
