@@ -144,14 +144,11 @@ def chain(home: Path, share: float, seed: int, args: argparse.Namespace) -> None
 
 
 def judged(home: Path, split: str, arm: str) -> dict:
-    """Metrics at the threshold of val, and at the best threshold for these fields in hindsight."""
+    """Metrics of one arm at the threshold chosen on val, and the best F1 on val."""
     out = home / arm / split
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     curve = pd.read_csv(home / arm / "val_curve.csv")
-    table = read_patches(home / ("patches" if arm == "random" else "patches_ns") / "drawn.csv")
-    train = table[table["split"] == "train"]
     return {
-        "patches": len(train),
         **{name: metrics[name] for name in ("tp", "fp", "fn", "precision", "recall", "f1", "f1_low", "f1_high")},
         "threshold": metrics["threshold"],
         "f1_val": curve["f1"].max(),
