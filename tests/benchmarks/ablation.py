@@ -166,7 +166,7 @@ def draw(path: Path, table: pd.DataFrame) -> None:
             axis.bar(place, f1.mean(), color="#b8c4d6")
             axis.plot(np.full(len(f1), place), f1, "o", color="#27364d")
         axis.set_xticks(range(len(ARMS)), ARMS)
-        axis.set(title=f"{share:.0%} of the annotations flipped", ylabel="F1", ylim=(0, None))
+        axis.set(title=f"{share:.0%} of the annotations flipped", ylabel="F1", ylim=(0, 1.1 * table["f1"].max()))
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
