@@ -1,6 +1,6 @@
 # make demo   the pipeline on a synthetic sample, from nothing to pictures (no download but the packages)
 # make test   lint and all tests
-# make mitos14 DATA=folder   the pipeline on MITOS-ATYPIA-14, 1 to 2 hours on 2 cores
+# make mitos14 DATA=folder   the pipeline on MITOS-ATYPIA-14, less than an hour on 2 cores
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python
