@@ -86,7 +86,8 @@ def main(args: argparse.Namespace) -> int:
     if args.manifest:
         contact_sheet(out / "contact_sheet.png", sheet, per_group=args.per_group)
     counts = {f"{LABELS[label]} {name}": len(members) for (label, name), members in groups.items()}
-    record_run(out / "clus_hard", args, patches=counts, quantiles=fallbacks)  # OUT/run.json is stage 4's
+    inputs = {args.memory: len(memory)} | ({args.manifest: len(patches)} if args.manifest else {})
+    record_run(out / "clus_hard", args, inputs=inputs, patches=counts, quantiles=fallbacks)  # OUT/run.json is stage 4's
     columns = {word: [counts[f"{word} {name}"] for name in names(args.levels)] for word in LABELS.values()}
     print(pd.DataFrame(columns, index=names(args.levels)).to_string())
     print(f"{len(table)} patches sorted; wrote {out / 'hard.csv'}")

@@ -62,7 +62,8 @@ def main(args: argparse.Namespace) -> int:
             )
     write_csv(out / "SCL.csv", table.loc[stays, ["patch", "label"]].assign(level=level[stays].astype(int)))
     write_csv(out / "balance.csv", balance)
-    record_run(out / "clus_scl", args, balance=balance.to_dict("records"))  # OUT/run.json is stage 6's
+    inputs = {memory_path: len(memory), hard_path: len(table), checked_path: len(checked)}
+    record_run(out / "clus_scl", args, inputs=inputs, balance=balance.to_dict("records"))  # OUT/run.json is stage 6's
     print(f"{stays.sum()} of {len(table)} patches stay; wrote {out / 'SCL.csv'}")
     return 0
 

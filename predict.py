@@ -22,17 +22,16 @@ from dasc.export import write_counts, write_detections, write_geojson, write_mit
 from dasc.fields import choose_resolution, find_images
 from dasc.figures import overlay, write_png
 from dasc.image_scan import count_mitoses, find_mitoses, look_over
-from dasc.manifest import sha256
 from dasc.metrics import evaluate
 from dasc.network import load_network
 from dasc.report import report_entry, write_report
 from dasc.run import (
     InputError,
     WriteError,
-    only_run,
     pick_device,
     record_run,
     run_script,
+    sha256,
     true_or_false,
     write_csv,
     write_json,
@@ -106,8 +105,7 @@ def main(args: argparse.Namespace) -> int:
     if not config["um_per_px"]:
         raise InputError(f"{model_path}: trained on patches of unknown resolution, so it cannot scan images")
     threshold = resolve_threshold(args.threshold, config, model_path)
-    with only_run(Path(args.out)):
-        return predict(fields, annotations, network, config, threshold, args)
+    return predict(fields, annotations, network, config, threshold, args)
 
 
 def predict(
@@ -180,7 +178,15 @@ def predict(
         judged = "F1 {f1:.3f} ({f1_low:.3f}-{f1_high:.3f}), precision {precision:.3f}, recall {recall:.3f}\n".format(
             **metrics
         )
-    run = record_run(out, args, model_sha256=model_sha256, threshold=threshold, skipped=skipped)
+    run = record_run(
+        out,
+        args,
+        inputs={model_path: 1, args.data_root or "images": len(fields)},
+        device=next(network.parameters()).device,
+        model_sha256=model_sha256,
+        threshold=threshold,
+        skipped=skipped,
+    )
     if args.report:
         calibrated = any(config.get(name, value) != value for name, value in UNCALIBRATED.items())
         calibration = "probabilities calibrated on val" if calibrated else "probabilities not calibrated"

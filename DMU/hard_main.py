@@ -22,10 +22,10 @@ from tqdm import tqdm
 from dasc.augment import training_view
 from dasc.difficulty import CHECKED_COLUMNS, join_by_patch, read_hard, validated
 from dasc.figures import curves
-from dasc.manifest import LABELS, read_patches, sha256
+from dasc.manifest import LABELS, read_patches
 from dasc.network import SearchNetwork, load_backbone_weights
 from dasc.patches import load_patches
-from dasc.run import InputError, pick_device, record_run, run_script, save_checkpoint, true_or_false, write_csv
+from dasc.run import InputError, pick_device, record_run, run_script, save_checkpoint, sha256, true_or_false, write_csv
 
 # Edit here, or override one run with the flag of the same name.
 MANIFEST = "data/patches_ns/patches.csv"  # the patches of stage 3
@@ -116,7 +116,8 @@ def main(args: argparse.Namespace) -> int:
     write_csv(out / "log.csv", log.round(6))
     if len(log):
         draw_log(out / "curves.png", log)
-    record_run(out, args, hard_patches=len(table), kept=int(kept.sum()))
+    inputs = {manifest: len(patches), hard_path: len(train)}
+    record_run(out, args, inputs=inputs, device=device, hard_patches=len(table), kept=int(kept.sum()))
     for (label, level), group in table.groupby(["label", "level"]):
         print(f"{LABELS[label]}, level {level}: {group['kept'].sum()} of {len(group)} hard patches kept")
     print(f"{kept.sum()} of {len(table)} hard patches kept; wrote {out / 'checked.csv'}")

@@ -33,7 +33,7 @@ from dasc.losses import (
     subclass_temperatures,
     supervised_contrastive,
 )
-from dasc.manifest import LABELS, read_cut_fields, read_cut_run, read_patches, sha256
+from dasc.manifest import LABELS, read_cut_fields, read_cut_run, read_patches
 from dasc.network import CLASSES, SearchNetwork, check_same_run, load_backbone_weights, read_checkpoint, update_average
 from dasc.patches import load_patches
 from dasc.run import (
@@ -43,6 +43,7 @@ from dasc.run import (
     replacing,
     run_script,
     save_checkpoint,
+    sha256,
     true_or_false,
     write_csv,
 )
@@ -284,7 +285,8 @@ def main(args: argparse.Namespace) -> int:
     draw_subclasses(out / "subclasses.png", train, train_patches, args)
     draw_embedding(out / "embedding.png", train, features, args.levels)
     epoch = max(range(len(log)), key=lambda index: log[index]["val_f1"])
-    record_run(out, args, patches=len(train), best_epoch=epoch, threshold=config["threshold"])
+    facts = {"patches": len(train), "best_epoch": epoch, "threshold": config["threshold"]}
+    record_run(out, args, inputs={manifest: len(table), scl_path: len(train)}, device=device, **facts)
     f1 = curve["f1"].max() if len(curve) else 0.0
     print(
         f"best epoch {epoch}; val fields: F1 {f1:.3f} at threshold {config['threshold']:.3f}; wrote {out / 'model.pt'}"

@@ -17,11 +17,11 @@ from tqdm import tqdm
 from dasc.dual import DualNetwork
 from dasc.figures import curves
 from dasc.losses import generalised_cross_entropy
-from dasc.manifest import LABELS, read_cut_run, read_patches, sha256
+from dasc.manifest import LABELS, read_cut_run, read_patches
 from dasc.memory import STATES, UNSEEN, VIEWS, Memory, Settings, noise_score, start, thresholds, update
 from dasc.network import CLASSES, check_same_run, load_backbone_weights, read_checkpoint
 from dasc.patches import load_patches
-from dasc.run import InputError, pick_device, record_run, run_script, save_checkpoint, true_or_false, write_csv
+from dasc.run import InputError, pick_device, record_run, run_script, save_checkpoint, sha256, true_or_false, write_csv
 from dasc.views import strong_view, weak_view
 
 # Edit here, or override one run with the flag of the same name.
@@ -194,7 +194,7 @@ def main(args: argparse.Namespace) -> int:
     panels = {"loss": ["loss"], "share of the patches": list(STATES)}
     panels |= {f"share of label {word}": [f"{word}_{state}" for state in STATES] for word in LABELS.values()}
     curves(out / "curves.png", pd.DataFrame(log), panels)
-    record_run(out, args, patches=counts, memory=vars(units))
+    record_run(out, args, inputs={manifest: len(table)}, device=device, patches=counts, memory=vars(units))
     for label, word in LABELS.items():
         mine = labels == label
         ever = ", ".join(f"{int((getattr(memory, state)[mine] > 0).sum())} {state}" for state in STATES)

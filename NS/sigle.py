@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dasc.augment import training_view
 from dasc.detect import score_patches
 from dasc.figures import curves, precision_recall
-from dasc.manifest import LABELS, read_cut_fields, read_cut_run, read_patches, sha256
+from dasc.manifest import LABELS, read_cut_fields, read_cut_run, read_patches
 from dasc.network import CLASSES, SearchNetwork, check_same_run, load_backbone_weights, read_checkpoint, update_average
 from dasc.patches import load_patches
 from dasc.run import (
@@ -30,6 +30,7 @@ from dasc.run import (
     record_run,
     run_script,
     save_checkpoint,
+    sha256,
     true_or_false,
     write_csv,
     write_json,
@@ -209,7 +210,8 @@ def main(args: argparse.Namespace) -> int:
     curves(out / "curves.png", pd.DataFrame(log), {"cross entropy": ["loss"], "F1 of the val patches": ["val_f1"]})
     precision_recall(out / "val_curve.png", curve, config["threshold"])
     epoch = max(range(len(log)), key=lambda index: log[index]["val_f1"])
-    record_run(out, args, patches=len(table), best_epoch=epoch, threshold=config["threshold"])
+    facts = {"best_epoch": epoch, "threshold": config["threshold"]}
+    record_run(out, args, inputs={manifest: len(table)}, device=device, **facts)
     f1 = curve["f1"].max() if len(curve) else 0.0
     judged = "fields" if cut_fields else "patches"
     print(f"best epoch {epoch}; val {judged}: F1 {f1:.3f} at threshold {config['threshold']:.3f}")

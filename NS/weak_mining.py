@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dasc.duplicates import near_duplicates, thumbnails
 from dasc.figures import contact_sheet
-from dasc.manifest import PATCHES, read_cut_run, read_patches, sha256
+from dasc.manifest import PATCHES, read_cut_run, read_patches
 from dasc.mining import METRICS, nearest, taken_once
 from dasc.named import read_square
 from dasc.network import load_network
@@ -28,10 +28,12 @@ from dasc.pool import PoolFeatures, pooled, read_pool
 from dasc.run import (
     InputError,
     check_replaceable,
+    only_run,
     pick_device,
     record_run,
     replacing_folder,
     run_script,
+    sha256,
     true_or_false,
     write_csv,
 )
@@ -105,7 +107,8 @@ def main(args: argparse.Namespace) -> int:
     false_positives, queries = find_false_positives(table, network, args)
     protected = thumbnails([manifest.parent / patch for patch in table["patch"]], args.workers)
     features = PoolFeatures(Path(args.features), sha256(model), queries.shape[1])
-    features.embed(network, pool_folder, pool["patch"].tolist(), sizes, args.batch_size, args.workers)
+    with only_run(Path(args.features)):  # several runs may share them
+        features.embed(network, pool_folder, pool["patch"].tolist(), sizes, args.batch_size, args.workers)
     mined, neighbours, distances, same = mine(features, may, protected, queries, args, device)
     left_out = {"of val or test slides": int((~may).sum()), "near-duplicates of labelled patches": same}
 
@@ -135,7 +138,9 @@ def main(args: argparse.Namespace) -> int:
             groups = drawn_groups(false_positives, mined, from_pool, args)
         contact_sheet(partial / "contact_sheet.png", groups, columns=COLUMNS)
         facts = {"false_positives": len(false_positives), "pool": len(pool), "mined": len(mined), "left_out": left_out}
-        record_run(partial / "weak_mining", args, **facts)  # OUT/run.json says how the labelled patches were cut
+        inputs = {manifest: len(table), model: 1, args.pool: len(pool)}
+        # OUT/run.json says how the labelled patches were cut
+        record_run(partial / "weak_mining", args, inputs=inputs, device=device, **facts)
     print(f"{len(false_positives)} false positives with p >= {args.fp_above:g} on val")
     print(f"{len(pool)} pool patches; left out: {', '.join(f'{count} {why}' for why, count in left_out.items())}")
     print(f"mined {len(mined)} ({args.query}) into the training split; wrote {out / 'patches.csv'}")

@@ -1,6 +1,5 @@
 """The CSV manifests that stages hand on: read with their types, checked, joined by the key `patch`."""
 
-import hashlib
 import json
 from pathlib import Path, PurePosixPath
 
@@ -127,8 +126,3 @@ def read_cut_run(folder: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: does not say how the patches were cut; run pre/cut_patch_2.py again") from error
     return run
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -2,19 +2,36 @@
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
+
+ROOT = Path(__file__).resolve().parents[1]
+STARTED = time.time()
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "pandas",
+    "opencv-python-headless",
+    "Pillow",
+)
 
 
 class InputError(Exception):
@@ -25,13 +42,17 @@ class WriteError(InputError):
     """A file that cannot be written: what comes after it cannot be either."""
 
 
-def run_script(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> None:
+def run_script(
+    main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace, out: Path | None = None
+) -> None:
     """Call `main(args)` and leave with its exit status; an InputError becomes one line and status 1.
 
-    `main` returns None or 0 when all went well and 1 when something was skipped.
+    `main` returns None or 0 when all went well and 1 when something was skipped. No other run can write to the folder
+    `out` (None: args.out) meanwhile.
     """
     try:
-        status = main(args)
+        with only_run(Path(out or args.out)):
+            status = main(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 1
@@ -76,6 +97,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("r+b") as file:  # Windows syncs only what is open for writing
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise WriteError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
@@ -83,51 +105,57 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def _sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to disk; Windows does so itself."""
+    if os.name != "nt":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 @contextlib.contextmanager
 def only_run(out: Path) -> Iterator[None]:
-    """Hold `out` for this run: a second run in it raises InputError, one that was killed leaves it free.
+    """Hold the folder `out` for this run: a second run on it raises InputError.
 
-    OUT/.lock names the process and its host while the block lasts.
+    The lock `.<name>.lock` says which process of which host holds it. It lies beside `out`, which some scripts replace
+    as a whole, or within it where the folder above cannot be written. The system frees the lock of a killed run,
+    whose file is taken over.
     """
-    path = Path(out) / ".lock"
+    out = Path(out).resolve()
+    made = not out.parent.exists()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and _is_stale(path):
-            path.unlink()
-        file = path.open("x", encoding="utf-8")
-    except FileExistsError as error:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = out.parent if os.access(out.parent, os.W_OK) else out
+        path = folder / f".{out.name}.lock"
+        lock = FileLock(path, timeout=0)
+        lock.acquire()
+    except Timeout as error:
         raise InputError(
-            f"{out}: another run writes here ({path.read_text(encoding='utf-8')}); wait for it or choose another "
-            f"--out; if it is gone, delete {path}"
+            f"{out}: another run writes here ({_holder(path)}); wait for it or choose another --out"
         ) from error
     except OSError as error:
         raise WriteError(f"{out}: cannot be written ({error.strerror or error})") from error
-    with file:
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            file.close()  # Windows deletes no open file
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                path.parent.rmdir()  # where nothing was written
-
-
-def _is_stale(path: Path) -> bool:
-    """Whether the process that a lock names runs no more, as far as this host can tell."""
-    words = path.read_text(encoding="utf-8").split(maxsplit=3)
-    if len(words) < 4 or words[3] != platform.node() or not words[1].isdigit():
-        return False
-    if os.name == "nt":  # where signal 0 would end the process, but a file held open cannot be deleted
-        return True
     try:
-        os.kill(int(words[1]), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return int(words[1]) == os.getpid()
+        with contextlib.suppress(OSError):  # Windows lets nobody write to a locked file
+            path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # there nobody deletes it either
+            path.unlink()
+        lock.release()
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # where nothing was written
+
+
+def _holder(path: Path) -> str:
+    """What a lock says of its run."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "a process that this system does not name"
 
 
 def check_replaceable(out: Path, mark: str) -> None:
@@ -143,19 +171,28 @@ def replacing_folder(out: Path, mark: str) -> Iterator[Path]:
     The older one stays as `<out>.previous`. Errors: InputError as `check_replaceable`, or where it cannot be written.
     """
     check_replaceable(out, mark)
-    partial, previous = (out.with_name(f"{out.name}.{word}") for word in (f"{os.getpid()}.partial", "previous"))
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
         yield partial
-        if out.exists():
-            if previous.exists():
-                shutil.rmtree(previous)
-            out.rename(previous)
-        partial.rename(out)
+        put_in_place(partial, out)
     except OSError as error:
         raise WriteError(f"{out}: cannot be written ({error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_in_place(partial: Path, out: Path) -> None:
+    """Make the finished folder `partial` the folder `out`; an older one stays as `<out>.previous`."""
+    if hasattr(os, "sync"):  # once, where thousands of small files would each wait for the disk
+        os.sync()
+    previous = out.with_name(f"{out.name}.previous")
+    if out.exists():
+        if previous.exists():
+            shutil.rmtree(previous)
+        out.rename(previous)
+    partial.rename(out)
+    _sync_folder(out.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -180,19 +217,69 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
         torch.save(checkpoint, temporary)
 
 
-def record_run(out: Path, args: argparse.Namespace, **facts: Any) -> dict[str, Any]:
-    """Write run.json beside the output: command, arguments, versions and whatever the script adds; return it."""
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def record_run(
+    out: Path,
+    args: argparse.Namespace,
+    *,
+    inputs: dict[str | Path, int],
+    device: torch.device | None = None,
+    **facts: Any,
+) -> dict[str, Any]:
+    """Write OUT/run.json: how the results beside it were made; return its content.
+
+    Args:
+        inputs: files and folders that were read, and how many rows, patches or images of each; files get their hash.
+        device: that computed; None: the CPU.
+        facts: counts, skips with their reasons, and whatever else the script has to say.
+    """
+    device = device or torch.device("cpu")
+    if getattr(args, "init_weights", ""):
+        inputs = {**inputs, args.init_weights: 1}
     content = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "arguments": vars(args),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
+        "inputs": {
+            str(path): {"count": count, "sha256": sha256(path) if Path(path).is_file() else None}
+            for path, count in inputs.items()
         },
+        "started": _time(STARTED),
+        "finished": _time(time.time()),
+        "seconds": round(time.time() - STARTED, 1),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "system": platform.platform(),
+        "commit": project_commit(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         **facts,
     }
     content = json.loads(json.dumps(content, default=str))
     write_json(Path(out) / "run.json", content)
     return content
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # opencv-python in place of its headless twin
+        return None
+
+
+def _time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
+
+
+def project_commit() -> str | None:
+    """The git commit of these files, with -dirty behind it where one was changed; None outside a git checkout."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True)
+        if top.returncode or Path(top.stdout.strip()).resolve() != ROOT:
+            return None
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
+        return None

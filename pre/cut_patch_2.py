@@ -30,7 +30,17 @@ from dasc.manifest import ANNOTATIONS, FIELDS, LABELS, PATCHES, SPLITS
 from dasc.network import load_network
 from dasc.nuclei import find_candidates
 from dasc.patches import PatchCutter, write_patch
-from dasc.run import InputError, pick_device, record_run, run_script, true_or_false, write_csv, write_json
+from dasc.run import (
+    InputError,
+    check_replaceable,
+    pick_device,
+    put_in_place,
+    record_run,
+    run_script,
+    true_or_false,
+    write_csv,
+    write_json,
+)
 from dasc.splits import parse_cases
 from dasc.stain import normalise_stain
 
@@ -109,11 +119,12 @@ def main(args: argparse.Namespace) -> int:
         args.dataset, Path(args.data_root), parse_cases(args.val) or None, parse_cases(args.test) or None
     )
     fields = dataset.fields[dataset.fields["split"].isin(SPLITS)].reset_index(drop=True)
-    network = config = None
+    network = device = None
     if args.fp_mdoel:
-        network, config = load_network(Path(args.model_path), pick_device(args.device))
+        device = pick_device(args.device)
+        network, config = load_network(Path(args.model_path), device)
         check_model(config, args)
-    out = Path(args.out or ("data/patches_ns" if args.fp_mdoel else "data/patches"))
+    out = out_folder(args)
     partial = start(out, args)
 
     annotations = dict(tuple(dataset.annotations.groupby("image")))
@@ -137,8 +148,13 @@ def main(args: argparse.Namespace) -> int:
             pool.shutdown(cancel_futures=True)
     if len(skipped) == len(fields):
         raise InputError(f"none of the {len(fields)} fields could be cut; the first: {next(iter(skipped.values()))}")
-    finish(out, partial, fields[~fields["image"].isin(list(skipped))], dataset.root, skipped, args)
+    finish(out, partial, fields[~fields["image"].isin(list(skipped))], dataset.root, skipped, args, device)
     return 1 if skipped else 0
+
+
+def out_folder(args: argparse.Namespace) -> Path:
+    """The folder to write: --out, or that of the stage."""
+    return Path(args.out or ("data/patches_ns" if args.fp_mdoel else "data/patches"))
 
 
 def check_model(config: dict, args: argparse.Namespace) -> None:
@@ -154,8 +170,7 @@ def check_model(config: dict, args: argparse.Namespace) -> None:
 
 def start(out: Path, args: argparse.Namespace) -> Path:
     """The folder to work in, beside `out`, which it replaces at the end: a killed run leaves `out` as it was."""
-    if out.exists() and not (out / "patches.csv").is_file() and any(out.iterdir()):
-        raise InputError(f"{out}: holds files but no patches.csv; name another --out")
+    check_replaceable(out, "patches.csv")
     partial = out.with_name(out.name + ".partial")
     settings = repr(sorted((key, value) for key, value in vars(args).items() if key not in ("resume", "workers")))
     note = partial / "settings.txt"
@@ -223,6 +238,7 @@ def cut_field(field, annotations: pd.DataFrame, root: Path, partial: Path, args,
     content = {
         "um_per_px": um_per_px,
         "annotations": annotations[list(ANNOTATIONS)].to_dict("records"),
+        "outside": outside,
         "patches": rows,
     }
     write_json(record, content)
@@ -265,8 +281,8 @@ def write_cut(cut: Cut, number: int, field, partial: Path) -> dict:
     return {key: None if value != value else value for key, value in row.items()}  # JSON knows no NaN
 
 
-def finish(out: Path, partial: Path, fields: pd.DataFrame, root: Path, skipped: dict, args) -> None:
-    """Write the tables and put the folder in its place; an older one stays as `<out>.previous`."""
+def finish(out: Path, partial: Path, fields: pd.DataFrame, root: Path, skipped: dict, args, device) -> None:
+    """Write the tables and put the folder in its place."""
     records = [
         json.loads((partial / "fields" / f"{quote(image, safe='')}.json").read_text()) for image in fields["image"]
     ]
@@ -279,25 +295,25 @@ def finish(out: Path, partial: Path, fields: pd.DataFrame, root: Path, skipped: 
     )
     write_csv(partial / "annotations.csv", pd.DataFrame(annotations, columns=list(ANNOTATIONS)))
     counts = patches.groupby(["split", "label", "origin"]).size()
+    outside = {image: record["outside"] for image, record in zip(fields["image"], records, strict=True)}
     record_run(
         partial,
         args,
+        inputs={root: len(fields) + len(skipped)} | ({args.model_path: 1} if args.fp_mdoel else {}),
+        device=device,
         data_root=str(root.resolve()),
         fields=len(fields),
         patches={" ".join(map(str, key)): int(count) for key, count in counts.items()},
         skipped=skipped,
+        annotations_outside={image: count for image, count in outside.items() if count},
     )
     shutil.rmtree(partial / "fields")
     (partial / "settings.txt").unlink()
-    previous = out.with_name(out.name + ".previous")
-    if out.exists():
-        if previous.exists():
-            shutil.rmtree(previous)
-        out.rename(previous)
-    partial.rename(out)
+    put_in_place(partial, out)
     print(counts.rename("patches").to_string())
     print(f"{len(patches)} patches of {len(fields)} fields in {out}; {len(skipped)} fields skipped")
 
 
 if __name__ == "__main__":
-    run_script(main, build_parser().parse_args())
+    args = build_parser().parse_args()
+    run_script(main, args, out_folder(args))

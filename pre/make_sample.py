@@ -1,15 +1,13 @@
 """Stage 0: make a small synthetic dataset in the form of MIDOG, so that every stage runs without a download.
 
-Writes to --out: MIDOG.json, images/001.tiff ... (one field per case, its resolution in the TIFF tags), README.txt
-and label_noise.csv (the labels that are wrong on purpose, with the truth; no stage reads it).
+Writes to --out: MIDOG.json, images/001.tiff ... (one field per case, its resolution in the TIFF tags), README.txt,
+run.json and label_noise.csv (the labels that are wrong on purpose, with the truth; no stage reads it).
 Nothing in it is real tissue: it shows that the pipeline runs, not how well it does on patients.
 """
 
 import argparse
 import json
 import math
-import os
-import shutil
 import sys
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
@@ -23,10 +21,10 @@ import tifffile
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dasc.run import InputError, run_script, write_csv, write_json, write_text
+from dasc.run import InputError, record_run, replacing_folder, run_script, write_csv, write_json, write_text
 
 # Edit here, or override one run with the flag of the same name.
-OUT = "data/sample"  # folder of the dataset; an earlier sample there is replaced, anything else refused
+OUT = "data/sample"  # folder of the dataset; an earlier sample stays as OUT.previous, anything else is refused
 SEED = 0  # another seed draws other tissue; the same seed gives the same files, whatever WORKERS is
 CASES = 10  # cases, numbered from 1, one field each; 7 and 8 are val, 9 and 10 test
 SIZE_PX = 1200  # width and height of a field, pixels; time and disk grow with its square
@@ -357,7 +355,8 @@ def check_folder(out: Path) -> None:
         ours = False
     for path in [out] if out.is_file() else sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
-        own = name in ("images", "MIDOG.json", "label_noise.csv", "README.txt") or path.match("images/*.tiff")
+        files = ("images", "MIDOG.json", "label_noise.csv", "README.txt", "run.json")
+        own = name in files or path.match("images/*.tiff")
         if not (path.name.startswith(".") or (ours and own)):
             raise InputError(
                 f"{path}: found a file that is not of this script's dataset, expected {out} absent, empty or an "
@@ -368,7 +367,7 @@ def check_folder(out: Path) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this script's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=OUT, help="folder of the dataset; an earlier sample there is replaced")
+    parser.add_argument("--out", default=OUT, help="folder of the dataset; an earlier sample stays as OUT.previous")
     parser.add_argument("--seed", type=int, default=SEED, help="another seed draws other tissue")
     parser.add_argument("--cases", type=int, default=CASES, help="number of cases, one field each")
     parser.add_argument("--size_px", type=int, default=SIZE_PX, help="width and height of a field, pixels")
@@ -387,22 +386,14 @@ def main(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} {getattr(args, name)}: expected {low} to {high}")
     out = Path(args.out).resolve()
     check_folder(out)
-    fresh, old = (out.with_name(f".{out.name}.{os.getpid()}.{word}") for word in ("tmp", "old"))
-    try:
-        (fresh / "images").mkdir(parents=True)
+    with replacing_folder(out, "MIDOG.json") as fresh:
+        (fresh / "images").mkdir()
         with ThreadPool(max(args.workers, 1)) as pool:
             cases = range(1, args.cases + 1)
             drawn = pool.imap(lambda case: draw_case(case, fresh / "images" / f"{case:03d}.tiff", args), cases)
             found = list(tqdm(drawn, total=args.cases, unit="field"))
         write_tables(fresh, found, args)
-        if out.exists():
-            out.rename(old)
-        fresh.rename(out)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror or error}); mend it or change --out") from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+        record_run(fresh, args, inputs={})
     print(f"{args.cases} synthetic fields: {out}")
 
 

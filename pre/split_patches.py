@@ -124,13 +124,14 @@ def write_named(table: pd.DataFrame, partial: Path, args: argparse.Namespace) ->
     with ThreadPoolExecutor(max(1, args.workers)) as pool:
         list(tqdm(pool.map(write, table.itertuples()), "patches", len(table)))
     cut = argparse.Namespace(**vars(args), source_px=source_px, normalise_stain=False)
-    record_run(partial, cut, data_root=None, patches=len(table))
+    record_run(partial, cut, inputs={args.labelled: len(table)}, data_root=None, patches=len(table))
 
 
 def copy_cut(table: pd.DataFrame, folder: Path, partial: Path, args: argparse.Namespace) -> None:
     """Copy the patches that stay, and how they were cut."""
     copy_patches(folder, partial, table["patch"])
-    record_run(partial / "split_patches", args, patches=len(table))  # OUT/run.json says how the patches were cut
+    # OUT/run.json says how the patches were cut
+    record_run(partial / "split_patches", args, inputs={args.labelled: len(table)}, patches=len(table))
 
 
 if __name__ == "__main__":

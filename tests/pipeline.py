@@ -1,9 +1,8 @@
 """What the tests of the scripts share: calling one as a user does, in this process, and a small finished run."""
 
-import argparse
 import contextlib
-import importlib.util
 import io
+import runpy
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -31,18 +30,13 @@ class Done(NamedTuple):
 
 def call(script: str, *flags: object) -> Done:
     """Run a script of the project with these flags: exit status, standard output and standard error."""
-    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    out, err = io.StringIO(), io.StringIO()
-    argv, sys.argv = sys.argv, [script, *map(str, flags)]
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    argv, sys.argv = sys.argv, [str(ROOT / script), *map(str, flags)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            args: argparse.Namespace = module.build_parser().parse_args(sys.argv[1:])
-            try:
-                module.run_script(module.main, args)
-            except SystemExit as leave:
-                status = leave.code or 0
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as leave:
+        status = leave.code or 0
     finally:
         sys.argv = argv
     return Done(status, out.getvalue(), err.getvalue())

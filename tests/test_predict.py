@@ -2,9 +2,7 @@
 
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -164,24 +162,11 @@ def test_where_nothing_can_be_written_it_stops(small_run, tmp_path, monkeypatch)
     assert "skipped" not in done.err
     monkeypatch.setattr("dasc.saved.write_json", full_disk)
     done = fails("predict.py", *model(small_run), *flags, "--out", tmp_path / "out", says="No space left")
-    assert "skipped" not in done.err and not (tmp_path / "out/.lock").exists()
+    assert "skipped" not in done.err and not (tmp_path / ".out.lock").exists()
 
 
 def full_disk(path, content):
     raise WriteError(f"{path}: cannot be written (No space left on device)")
-
-
-def test_two_runs_in_one_folder(small_run, tmp_path):
-    flags = [*model(small_run), "--images", small_run / "sample/images/009.tiff", "--views", 1, "--out", tmp_path]
-    (tmp_path / ".lock").write_text("process 1 on another-host")
-    fails("predict.py", *flags, says="process 1 on another-host")
-    (tmp_path / ".lock").write_text(f"process {os.getppid()} on {platform.node()}")
-    fails("predict.py", *flags, says="another run writes here")
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    (tmp_path / ".lock").write_text(f"process {ended.pid} on {platform.node()}")
-    succeed("predict.py", *flags)
-    assert not (tmp_path / ".lock").exists()
 
 
 def test_goals_and_numbers_for_the_threshold(small_run, tmp_path):
