@@ -166,14 +166,14 @@ def predict(
 
     if not tables:
         raise InputError(f"none of the {len(fields)} images could be read; the first: {next(iter(skipped.values()))}")
-    detections, counts = pd.concat(tables, ignore_index=True), pd.DataFrame(counts)
+    detections, counts = pd.concat(tables, ignore_index=True), pd.DataFrame(counts).assign(model_sha256=model_sha256)
     write_detections(out / "detections.csv", detections)
     write_counts(out / "counts.csv", counts)
     judged = ""
     if annotations is not None:
         resolutions = dict(zip(counts["image"], counts["um_per_px"], strict=True))
         metrics, per_field = evaluate(annotations, detections, resolutions, threshold, args.match, seed=args.seed)
-        write_json(out / "metrics.json", metrics)
+        write_json(out / "metrics.json", {**metrics, "model_sha256": model_sha256})
         write_csv(out / "metrics_per_field.csv", per_field)
         judged = "F1 {f1:.3f} ({f1_low:.3f}-{f1_high:.3f}), precision {precision:.3f}, recall {recall:.3f}\n".format(
             **metrics

@@ -14,7 +14,7 @@ from pipeline import call, fails, succeed
 
 from dasc.fields import read_field
 from dasc.network import read_checkpoint
-from dasc.run import WriteError, save_checkpoint
+from dasc.run import WriteError, save_checkpoint, sha256
 
 
 def model(small_run):
@@ -57,7 +57,15 @@ def test_every_output_tells_the_same(judged):
         assert len(features) == len(points) == len(mine)
         with Image.open(folder / "overlay.png") as overlay:
             assert overlay.size == (row.width_px, row.height_px)
-    assert json.loads((out / "run.json").read_text())["model_sha256"]
+
+
+def test_every_output_names_the_model(small_run, judged):
+    out, _ = judged
+    model_sha256 = sha256(small_run / "NS/model.pt")
+    assert set(pd.read_csv(out / "counts.csv")["model_sha256"]) == {model_sha256}
+    for name in ("run.json", "metrics.json", *(path.relative_to(out) for path in out.glob("*/scan.json"))):
+        assert model_sha256 in (out / name).read_text(), name
+    assert model_sha256 in (out / "report.html").read_text()
 
 
 def test_same_run_same_bytes(small_run, judged, tmp_path):
