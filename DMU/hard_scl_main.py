@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from tqdm import tqdm
 
-from dasc.augment import located_view, to_float
+from dasc.augment import located_view
 from dasc.clusters import concentration, subclasses
-from dasc.detect import score_patches
+from dasc.detect import embed_patches, score_patches
 from dasc.difficulty import join_by_patch, read_scl
 from dasc.figures import contact_sheet, curves, precision_recall
 from dasc.losses import (
@@ -34,7 +34,15 @@ from dasc.losses import (
     supervised_contrastive,
 )
 from dasc.manifest import LABELS, read_cut_fields, read_cut_run, read_patches
-from dasc.network import CLASSES, SearchNetwork, check_same_run, load_backbone_weights, read_checkpoint, update_average
+from dasc.network import (
+    CLASSES,
+    SearchNetwork,
+    check_same_run,
+    fold_batch_norms,
+    load_backbone_weights,
+    read_checkpoint,
+    update_average,
+)
 from dasc.patches import load_patches
 from dasc.run import (
     InputError,
@@ -197,7 +205,7 @@ def main(args: argparse.Namespace) -> int:
         generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)  # an epoch draws the same when resumed
         torch.manual_seed(args.seed * 100_003 + epoch)
         if epoch >= args.warmup and (epoch - args.warmup) % args.cluster_every == 0:
-            features = embed(average, train_patches, 2 * args.batch_size).numpy()
+            features, _ = embed_patches(fold_batch_norms(average), train_patches, 2 * args.batch_size)
             groups = torch.from_numpy(subclasses(features, labels.numpy(), args.subclasses, args.seed))
             spreads = subclass_temperatures(torch.from_numpy(concentration(features, groups.numpy())), args.temperature)
         network.train()
@@ -250,7 +258,7 @@ def main(args: argparse.Namespace) -> int:
                 totals[name] += part.item() * len(batch) / len(train)
             batches.set_postfix(loss=f"{loss.item():.3f}", val_f1=f"{log[-1]['val_f1']:.3f}" if log else "-")
 
-        scores = score_patches(average, val_patches, 2 * args.batch_size)
+        scores = score_patches(fold_batch_norms(average), val_patches, 2 * args.batch_size)
         val_f1 = best_f1(val["label"].to_numpy(), scores.numpy())
         log.append({"epoch": epoch, **totals, "val_f1": val_f1})
         if best is None or val_f1 > max(row["val_f1"] for row in log[:-1]):
@@ -261,8 +269,9 @@ def main(args: argparse.Namespace) -> int:
         write_csv(out / "log.csv", pd.DataFrame(log).round(6))
 
     average.load_state_dict(best)
+    folded = fold_batch_norms(average)
     facts, curve = threshold_on_val(
-        average,
+        folded,
         config,
         data_root,
         fields,
@@ -274,7 +283,7 @@ def main(args: argparse.Namespace) -> int:
         reliability_path=out / "reliability.png",
     )
     config |= facts
-    features = embed(average, train_patches, 2 * args.batch_size).numpy()
+    features, _ = embed_patches(folded, train_patches, 2 * args.batch_size)
     train["subclass"] = subclasses(features, labels.numpy(), args.subclasses, args.seed)
     save_checkpoint(out / "model.pt", {"model": best, "config": config})
     write_csv(out / "subclasses.csv", train[["patch", "label", "level", "subclass"]])
@@ -313,18 +322,6 @@ def check_points(train: pd.DataFrame, points_px: torch.Tensor, patch_size: int, 
             f"{manifest}: {outside.sum()} patches whose annotated point lies outside the patch of {patch_size} px "
             f"(first: {row['patch']} with {row['point_x_px']:g}, {row['point_y_px']:g}); cut them again"
         )
-
-
-@torch.inference_mode()
-def embed(network: SearchNetwork, patches: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Pooled features (N, D) of patches (N, 3, S, S) uint8, as they are: by a network in evaluation mode."""
-    device = next(network.parameters()).device
-    parts = []
-    for batch in patches.split(batch_size):
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            maps = network.features(to_float(batch.to(device)))
-        parts.append(maps.float().mean(dim=(2, 3)).cpu())
-    return torch.cat(parts)
 
 
 def draw_subclasses(path: Path, train: pd.DataFrame, patches: torch.Tensor, args: argparse.Namespace) -> None:

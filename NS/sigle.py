@@ -22,7 +22,15 @@ from dasc.augment import training_view
 from dasc.detect import score_patches
 from dasc.figures import curves, precision_recall
 from dasc.manifest import LABELS, read_cut_fields, read_cut_run, read_patches
-from dasc.network import CLASSES, SearchNetwork, check_same_run, load_backbone_weights, read_checkpoint, update_average
+from dasc.network import (
+    CLASSES,
+    SearchNetwork,
+    check_same_run,
+    fold_batch_norms,
+    load_backbone_weights,
+    read_checkpoint,
+    update_average,
+)
 from dasc.patches import load_patches
 from dasc.run import (
     InputError,
@@ -174,7 +182,7 @@ def main(args: argparse.Namespace) -> int:
             total += loss.item() * len(batch)
             batches.set_postfix(loss=f"{loss.item():.3f}", val_f1=f"{log[-1]['val_f1']:.3f}" if log else "-")
 
-        scores = score_patches(average, val_patches, 2 * args.batch_size)
+        scores = score_patches(fold_batch_norms(average), val_patches, 2 * args.batch_size)
         val_f1 = best_f1(val["label"].to_numpy(), scores.numpy())
         log.append({"epoch": epoch, "loss": total / len(train), "val_f1": val_f1})
         if best is None or val_f1 > max(row["val_f1"] for row in log[:-1]):
@@ -185,9 +193,10 @@ def main(args: argparse.Namespace) -> int:
         write_csv(out / "log.csv", pd.DataFrame(log).round(6))
 
     average.load_state_dict(best)
+    folded = fold_batch_norms(average)
     if cut_fields:
         facts, curve = threshold_on_val(
-            average,
+            folded,
             config,
             *cut_fields,
             batch_size=2 * args.batch_size,
@@ -198,12 +207,12 @@ def main(args: argparse.Namespace) -> int:
         )
         config |= facts
     else:
-        scores = score_patches(average, val_patches, 2 * args.batch_size, args.views)
+        scores = score_patches(folded, val_patches, 2 * args.batch_size, args.views)
         config["threshold"], curve = threshold_on_patches(val["label"].to_numpy(), scores.numpy())
         test = table[table["split"] == "test"]
         if len(test):  # predict.py cannot judge patches that come from no fields
             patches = load_patches([manifest.parent / patch for patch in test["patch"]], args.workers)
-            scores = score_patches(average, patches, 2 * args.batch_size, args.views)
+            scores = score_patches(folded, patches, 2 * args.batch_size, args.views)
             write_json(out / "test.json", judge_patches(test["label"].to_numpy(), scores.numpy(), config["threshold"]))
     save_checkpoint(out / "model.pt", {"model": best, "config": config})
     write_csv(out / "val_curve.csv", curve.round(6))

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from dasc.detect import embed_patches
 from dasc.duplicates import near_duplicates, thumbnails
 from dasc.figures import contact_sheet
 from dasc.manifest import PATCHES, read_cut_run, read_patches
@@ -24,7 +25,7 @@ from dasc.mining import METRICS, nearest, taken_once
 from dasc.named import read_square
 from dasc.network import load_network
 from dasc.patches import copy_patches, load_patches, read_patch, write_patch
-from dasc.pool import PoolFeatures, pooled, read_pool
+from dasc.pool import PoolFeatures, read_pool
 from dasc.run import (
     InputError,
     check_replaceable,
@@ -164,9 +165,7 @@ def find_false_positives(table: pd.DataFrame, network, args: argparse.Namespace)
     if negatives.empty:
         raise InputError(f"{args.manifest}: split val has no negative patch; see --val")
     patches = load_patches([Path(args.manifest).parent / patch for patch in negatives["patch"]], args.workers)
-    device = next(network.parameters()).device
-    parts = [pooled(network, part.to(device)) for part in patches.split(args.batch_size)]
-    features, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
+    features, scores = embed_patches(network, patches, args.batch_size)
     order = np.argsort(-scores, kind="stable")
     order = order[scores[order] >= args.fp_above]
     if not len(order) and args.query != "searched":

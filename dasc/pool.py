@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from dasc.augment import to_float
+from dasc.detect import embed_patches
 from dasc.duplicates import THUMBNAIL_PX, thumbnail
 from dasc.fields import find_images
 from dasc.manifest import PATCHES, inside, read_table
@@ -103,7 +103,6 @@ class PoolFeatures:
         self.rows = order[np.searchsorted(known, keys, sorter=order)]
 
     def _append(self, network: SearchNetwork, keys: np.ndarray, missing: np.ndarray, batches: Iterator) -> None:
-        device = next(network.parameters()).device
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file, tqdm(total=len(missing), desc="pool", unit="patch") as progress:
             file.truncate(file.tell() // self.type.itemsize * self.type.itemsize)  # a killed run's half record
@@ -111,8 +110,8 @@ class PoolFeatures:
                 records = np.zeros(len(part), dtype=self.type)
                 records["key"] = keys[part]
                 records["thumbnail"] = [thumbnail(image) for image in images]
-                pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
-                records["features"], records["score"] = pooled(network, pixels)
+                pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+                records["features"], records["score"] = embed_patches(network, pixels, len(pixels))
                 file.write(records.tobytes())
                 file.flush()
                 progress.update(len(part))
@@ -143,15 +142,6 @@ class PoolFeatures:
 
     def _keys(self) -> np.ndarray:
         return np.array(self._records()["key"]) if len(self) else np.empty(0, dtype=np.uint64)
-
-
-@torch.inference_mode()
-def pooled(network: SearchNetwork, patches: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Feature maps averaged over the patch (B, C) float32, and p(positive) (B,), of patches (B, 3, S, S) uint8."""
-    with torch.autocast(patches.device.type, torch.bfloat16, enabled=patches.device.type == "cuda"):
-        maps = network.features(to_float(patches))
-        logits = network.cam(maps).amax(dim=(2, 3)).float()
-    return maps.float().mean(dim=(2, 3)).cpu().numpy(), torch.softmax(logits, dim=1)[:, 1].cpu().numpy()
 
 
 def _key(folder: Path, patch: str) -> int:

@@ -6,8 +6,9 @@ import pickle
 import pytest
 import timm
 import torch
+from torch import nn
 
-from dasc.network import CLASSES, SearchNetwork, load_backbone_weights, load_network
+from dasc.network import CLASSES, SearchNetwork, fold_batch_norms, load_backbone_weights, load_network
 from dasc.run import InputError, save_checkpoint
 
 CONFIG = {
@@ -72,7 +73,47 @@ def test_checkpoint_round_trip(tmp_path):
     save_checkpoint(tmp_path / "model.pt", content)
     network, config = load_network(tmp_path / "model.pt", torch.device("cpu"))
     assert config == content["config"] and not network.training
-    assert all(torch.equal(tensor, content["model"][name]) for name, tensor in network.state_dict().items())
+    source = SearchNetwork("resnet10t").eval()
+    source.load_state_dict(content["model"])
+    patches = torch.rand(2, 3, 80, 80)
+    assert torch.allclose(network(patches), source(patches), atol=1e-4)
+
+
+def trained(network):
+    """In evaluation mode, with batch norms that do something."""
+    network.train()
+    with torch.no_grad():
+        for _ in range(3):
+            network(3 * torch.rand(8, 3, 64, 64) - 1)
+    return network.eval()
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenetv3_small_100", "tf_efficientnet_lite0"])
+def test_folded_batch_norms_give_the_same_logits(backbone):
+    network = trained(SearchNetwork(backbone))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    folded = fold_batch_norms(network)
+    patches = torch.rand(4, 3, 80, 80)
+    with torch.inference_mode():
+        assert torch.allclose(folded(patches), network(patches), rtol=1e-3, atol=1e-4)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert not folded.training
+
+
+def test_a_network_in_which_a_norm_does_not_follow_its_neighbour_stays_as_it_is():
+    class Crossed(SearchNetwork):
+        def features(self, patches):
+            return self.late(self.norm(self.early(patches)))
+
+        def __init__(self):
+            super().__init__("resnet10t")
+            self.early, self.late, self.norm = nn.Conv2d(3, 256, 1), nn.Conv2d(256, 256, 1), nn.BatchNorm2d(256)
+
+    network = trained(Crossed())
+    patches = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(fold_batch_norms(network)(patches), network(patches))
 
 
 class Harm:

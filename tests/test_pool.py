@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import dasc.pool
+from dasc.detect import embed_patches
 from dasc.network import SearchNetwork
 from dasc.patches import write_patch
-from dasc.pool import PoolFeatures, pooled, read_pool
+from dasc.pool import PoolFeatures, read_pool
 from dasc.run import InputError
 
 WIDTH = 512  # channels of the network below at stride 32
@@ -38,13 +39,15 @@ def embed(network, folder, batch=4, sizes=(32, 32)):
     """The features of a folder, and how many patches the network was shown."""
     seen = []
     features = PoolFeatures(folder.parent / "features", "a" * 64, WIDTH)
-    whole = dasc.pool.pooled
-    dasc.pool.pooled = lambda net, patches: seen.append(len(patches)) or whole(net, patches)
+    whole = dasc.pool.embed_patches
+    dasc.pool.embed_patches = lambda net, patches, batch_size: (
+        seen.append(len(patches)) or whole(net, patches, batch_size)
+    )
     try:
         _, table = read_pool(folder, False)
         features.embed(network, folder, table["patch"].tolist(), sizes, batch, 2)
     finally:
-        dasc.pool.pooled = whole
+        dasc.pool.embed_patches = whole
     return features, table, sum(seen)
 
 
@@ -53,15 +56,15 @@ def check(features, table, folder, network):
     got = features.at(features.rows)
     for index, patch in enumerate(table["patch"]):
         image = dasc.pool.read_square(folder / patch, 32, 32)
-        alone, score = pooled(network, torch.from_numpy(image).permute(2, 0, 1)[None])
+        alone, score = embed_patches(network, torch.from_numpy(image).permute(2, 0, 1)[None], 1)
         assert got[index] == pytest.approx(alone[0], rel=2e-3, abs=2e-3)
         assert features.scores(features.rows[index : index + 1]) == pytest.approx(score, abs=1e-5)
     assert len(set(features.rows.tolist())) == len(table)
 
 
-def test_pooled_is_the_mean_of_the_map(network):
+def test_an_embedding_is_the_mean_of_the_map(network):
     patches = torch.randint(0, 255, (3, 3, 64, 64), dtype=torch.uint8)
-    features, scores = pooled(network, patches)
+    features, scores = embed_patches(network, patches, 4)
     with torch.no_grad():
         maps = network.features(patches.float() / 255)
         assert features == pytest.approx(maps.mean(dim=(2, 3)).numpy(), abs=1e-5)

@@ -12,12 +12,12 @@ import pytest
 import torch
 from pipeline import LIGHT, ROOT, fails, succeed
 
+from dasc.detect import embed_patches
 from dasc.fields import read_field
 from dasc.manifest import read_patches
 from dasc.mining import distance
 from dasc.network import load_network
 from dasc.patches import read_patch, write_patch
-from dasc.pool import pooled
 
 SHARED = ROOT.parent / "shared/data"
 HARD, WEAK = "data/hard_labeled_dataset", "data/weakly_labeled_dataset"
@@ -124,7 +124,7 @@ def test_nearest_to_the_false_positive_it_names(hierarchy, tmp_path):
     network, _ = load_network(hierarchy / "results/weak/model.pt", "cpu")
 
     def features(image):
-        found, score = pooled(network, torch.from_numpy(image).permute(2, 0, 1)[None])
+        found, score = embed_patches(network, torch.from_numpy(image).permute(2, 0, 1)[None], 1)
         return found[0].astype(np.float16), float(score[0])
 
     errors = pd.read_csv(tmp_path / "mined/false_positives.csv")
