@@ -1,10 +1,13 @@
 """Merging and scanning: the strongest stays, nothing is counted twice, places are the field's own pixels."""
 
+import threading
+
 import cv2
 import numpy as np
 import torch
 
-from dasc.detect import merge, scan_field, score_patches
+import dasc.detect
+from dasc.detect import embed_patches, merge, scan_field, score_patches
 from dasc.network import SearchNetwork
 
 
@@ -80,3 +83,28 @@ def test_views_are_averaged():
     for views, same in ((1, False), (4, True), (8, True)):
         scores = [score_patches(network, batch, 4, views) for batch in (patches, turned)]
         assert torch.allclose(*scores, atol=1e-5) is same
+
+
+def test_every_core_scores_batches_of_its_own(monkeypatch):
+    torch.manual_seed(0)
+    network = SearchNetwork("mobilenetv3_small_100").eval()
+    patches = torch.randint(0, 255, (48, 3, 32, 32), dtype=torch.uint8)
+    alone, features = score_patches(network, patches, 8), embed_patches(network, patches, 8)[0]
+    threads = torch.get_num_threads()
+    looked, whole, together = set(), dasc.detect._score_batch, threading.Barrier(3)
+
+    def look(*args):
+        together.wait(60)  # of the six batches three at a time
+        looked.add((threading.get_ident(), torch.get_num_threads()))
+        return whole(*args)
+
+    monkeypatch.setattr(dasc.detect, "_score_batch", look)
+    try:
+        torch.set_num_threads(3)
+        assert torch.allclose(score_patches(network, patches, 8), alone, atol=1e-5)
+        assert np.allclose(embed_patches(network, patches, 8)[0], features, atol=1e-4)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert len(looked) == 3 and {count for _, count in looked} == {1}
+    assert threading.get_ident() not in {thread for thread, _ in looked}

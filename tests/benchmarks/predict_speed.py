@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from dasc.detect import scan_field
 from dasc.fields import read_field
-from dasc.network import SearchNetwork
+from dasc.network import SearchNetwork, fold_batch_norms
 from dasc.nuclei import find_candidates
 from dasc.run import pick_device
 
@@ -63,8 +63,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "--networks",
         nargs="+",
-        default=["tf_efficientnet_lite0:64", "resnet18:80"],
-        help="backbone:patch size; the first is also timed on every candidate",
+        default=["tf_efficientnet_lite0:64:32", "resnet18:80:16"],
+        help="backbone:patch size:stride; the first is also timed on every candidate",
     )
     parser.add_argument("--detector_tiles", type=int, default=3, help="tiles timed; the whole field is extrapolated")
     parser.add_argument("--device", default="auto")
@@ -78,9 +78,9 @@ if __name__ == "__main__":
     wall, cpu, (points, _) = timed(lambda: find_candidates(image, args.um_per_px, None))
     say("finding and ranking the candidates", wall, cpu, f", {len(points)} of them")
     for name in args.networks:
-        backbone, size = name.split(":")
+        backbone, size, stride = name.split(":")
         torch.manual_seed(0)
-        network = SearchNetwork(backbone).to(device, memory_format=torch.channels_last).eval()
+        network = fold_batch_norms(SearchNetwork(backbone, int(stride)).to(device, memory_format=torch.channels_last))
         config = {"patch_size": int(size), "um_per_px": 0.25, "normalise_stain": True}
         for what, per_mm2 in (("ours", 1800), ("every candidate", 1e6))[: 2 if name == args.networks[0] else 1]:
             options["per_mm2"] = per_mm2
