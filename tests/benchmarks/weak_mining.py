@@ -108,6 +108,7 @@ def one_run(args: argparse.Namespace, home: Path, pool: Path, share: float, seed
     facts |= {"train_mitoses": int((table["label"].eq(1) & table["origin"].eq("annotated")).sum())}
     facts |= {"train_negatives": int(table["label"].eq(0).sum()), "epochs": epochs}
     metrics = json.loads((out / "test/metrics.json").read_text())
+    del metrics["model_sha256"]  # of this run, and its folder says it
     if arm != "none":
         shutil.rmtree(patches.parent)  # thousands of small files
     return {"share": share, "seed": seed, "arm": arm, **facts, **metrics}
