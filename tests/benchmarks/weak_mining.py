@@ -66,11 +66,12 @@ def train(args: argparse.Namespace, patches: Path, out: Path, seed: int) -> int:
         "--lr",
         args.lr,
     ]
+    scan = ["--per_mm2", args.per_mm2, "--views", args.views]
     common = ["--manifest", patches, "--out", out, "--epochs", epochs, "--seed", seed, "--workers", 1]
-    run(out / "model.pt", "NS/sigle.py", *network, *common)
+    run(out / "model.pt", "NS/sigle.py", *network, *common, *scan)
     data = ["--dataset", "mitos14", "--data_root", args.data_root, "--val", args.val, "--test", args.test]
-    judge = [*data, "--model_path", out / "model.pt", "--out", out / "test", "--overlays", False]
-    run(out / "test/metrics.json", "predict.py", *judge)
+    judge = [*data, "--model_path", out / "model.pt", "--out", out / "test", "--overlays", False, "--report", False]
+    run(out / "test/metrics.json", "predict.py", *judge, *scan)
     return epochs
 
 
@@ -177,6 +178,10 @@ if __name__ == "__main__":
     parser.add_argument("--k", type=int, default=20, help="pool patches per false positive")
     parser.add_argument("--fp_above", type=float, default=0.1, help="probability of a false positive on val")
     parser.add_argument("--visits", type=int, default=15_000, help="patches seen in one training")
+    parser.add_argument("--per_mm2", type=float, default=1800, help="candidates per mm2 in the val and test fields")
+    parser.add_argument(
+        "--views", type=int, default=8, help="views of each; fewer of both: faster, lower for every arm"
+    )
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--init_weights", default="data/lite0.pt", help="see lite0_weights.py")
     parser.add_argument("--patch_size", type=int, default=64)
