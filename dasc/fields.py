@@ -172,6 +172,8 @@ def _check_jpeg_end(data: bytes) -> None:
 
 def full_page(tif: tifffile.TiffFile) -> tifffile.TiffPage:
     """Return the page of full resolution: the first that is not marked as a reduced copy."""
+    if not len(tif.pages):  # counting them also finds pages linked in a circle, which tif.series would follow for ever
+        raise ValueError("holds no image")
     series = next((one for one in tif.series if not one.keyframe.is_reduced), tif.series[0])
     if series.size != series.keyframe.size:
         raise ValueError(f"holds several images ({series.axes} {series.shape}); save each as a file of its own")

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,10 @@ def load_network(path: Path, device: torch.device) -> tuple[SearchNetwork, dict[
     network = build_network(config)
     try:
         network.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: its weights do not fit its own config ({config['backbone']})") from error
+    if not all(torch.isfinite(tensor).all() for tensor in network.state_dict().values()):
+        raise InputError(f"{path}: its weights are not all finite numbers; train it again")  # it would find nothing
     return fold_batch_norms(network.to(device, memory_format=torch.channels_last)), config
 
 
@@ -156,15 +159,39 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         InputError: as `load_network`.
     """
     checkpoint = _read_tensors(path)
-    if not isinstance(checkpoint, dict) or not {"model", "config"} <= checkpoint.keys():
+    if (
+        not isinstance(checkpoint, dict)
+        or not {"model", "config"} <= checkpoint.keys()
+        or not isinstance(checkpoint["config"], dict)
+    ):
         raise InputError(f"{path}: not a checkpoint of this project (expected model and config in it)")
     wanted = ("backbone", "stride", "patch_size", "um_per_px", "normalise_stain", "threshold", "classes")
     absent = [key for key in wanted if key not in checkpoint["config"]]
     if absent:
         raise InputError(f"{path}: its config lacks {', '.join(absent)}; train it again")
-    if tuple(checkpoint["config"]["classes"]) != CLASSES:
-        raise InputError(f"{path}: its classes are {checkpoint['config']['classes']}, expected {CLASSES}")
+    if checkpoint["config"]["classes"] != list(CLASSES):
+        raise InputError(f"{path}: its classes are {checkpoint['config']['classes']!r}, expected {CLASSES}")
+    strange = [key for key, value in checkpoint["config"].items() if not _is_sound(key, value)]
+    if strange:
+        raise InputError(f"{path}: its config has {strange[0]} {checkpoint['config'][strange[0]]!r}; train it again")
     return checkpoint
+
+
+def _is_sound(key: str, value: Any) -> bool:
+    """Whether a config may have this value; keys that no reader looks at may have any."""
+    is_number = isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
+    if key in ("stride", "patch_size"):
+        return isinstance(value, int) and is_number and 0 < value <= 4096
+    if key == "um_per_px":
+        return value is None or (is_number and value >= 0)  # none: patches of unknown resolution
+    if key in ("threshold", "offset"):
+        return is_number
+    if key == "temperature":
+        return is_number and value > 0
+    if key == "val_curve":
+        columns = list(value.values()) if isinstance(value, dict) else [None]
+        return all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns)
+    return isinstance(value, {"backbone": str, "normalise_stain": bool}.get(key, object))
 
 
 def check_same_run(path: Path, checkpoint: dict[str, Any], settings: dict[str, Any], config: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A script run in a child process that is killed by SIGKILL at one moment of its run; the child keeps a list of moments.
+"""A script in a child process that SIGKILL ends at one moment of its run; the child keeps a list of its moments.
 
 A moment is the nth time that something happens: a training step, a field or tile looked at, a patch cut, a file
 written. While a file is written the child kills itself with part of it on the disk; at any other moment a process
@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -24,6 +25,7 @@ from pipeline import ROOT
 
 import dasc.image_scan
 import dasc.patches
+import dasc.run
 import dasc.scan
 import dasc.training
 
@@ -33,6 +35,7 @@ PLACES = [  # where the scripts find a function, and what happens there
     (dasc.image_scan, "scan_field", "field"),
     (dasc.scan, "score_patches", "batch of tiles"),
     (dasc.patches, "write_patch", "patch"),
+    (dasc.run, "put_in_place", "putting the folder in place"),
 ]
 MODULES = [f"dasc.{path.stem}" for path in sorted(ROOT.glob("dasc/[a-z]*.py"))]
 LIMIT_S = 300
@@ -137,6 +140,8 @@ def run_child(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "moments", *MODULES])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # older Pythons do not tell the server
+        forkserver.ensure_running()
     process = context.Process(target=child, args=(script, [*map(str, flags)], str(log), moment, prepare))
     process.start()
     process.join(LIMIT_S)

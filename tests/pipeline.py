@@ -24,7 +24,7 @@ LIGHT = [
 ]
 LIGHTER = {  # the README's commands, so that they end in seconds
     "pre/make_sample.py": ["--size_px", 500, "--mitoses", 4, "--imposters", 4],
-    "pre/cut_patch_2.py": ["--patch_size", 64],
+    "pre/cut_patch_2.py": ["--patch_size", 64, "--search_above", 0.2],
     "NS/sigle.py": [*LIGHT, "--epochs", 2],
     "DMU/main.py": [*LIGHT, "--epochs", 3, "--count_after", 1, "--warmup", 0],
     "clus_hard.py": [],
