@@ -539,6 +539,15 @@ KINDS = {
     ),
 }
 
+# What the child must survive and tell: no kinds of input, but what inputs might do to it.
+TRAPS = {
+    "crash": lambda folder: os.abort(),
+    "hang": lambda folder: time.sleep(600),
+    "memory": lambda folder: np.ones(2 * MEMORY, np.uint8) and None,
+    "outside": lambda folder: Path(folder).with_name("outside").mkdir(exist_ok=True),
+    "inside": lambda folder: Path("results/a").mkdir(parents=True),
+}
+
 
 def make(kind: str, seed: int, number: int, bases: list[Files]) -> Files:
     """The input of this number."""
@@ -570,7 +579,7 @@ def work() -> None:
         os.chdir(folder)
         wrote.clear()
         try:
-            KINDS[kind].read(Path(folder))
+            (TRAPS[kind] if kind in TRAPS else KINDS[kind].read)(Path(folder))
             answer = "read"
         except InputError as error:
             answer = f"refused: {error}"
@@ -606,7 +615,8 @@ def watch_writing(wrote: list[str]) -> None:
 class Child:
     """The process that reads; started again when it is gone."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit_s: float = LIMIT_S) -> None:
+        self.limit_s = limit_s
         self.process: subprocess.Popen | None = None
 
     def read(self, kind: str, folder: Path) -> str:
@@ -617,7 +627,7 @@ class Child:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=quiet
             )
             self._ask("table CSV", folder, 300)  # so that its start does not count
-        return self._ask(kind, folder, LIMIT_S)
+        return self._ask(kind, folder, self.limit_s)
 
     def _ask(self, kind: str, folder: Path, limit_s: float) -> str:
         with contextlib.suppress(BrokenPipeError):

@@ -63,8 +63,8 @@ STAGES = {
 
 
 def draw(rng: random.Random, what: str, first: int, last: int) -> Moment:
-    if what.startswith("writing "):  # nothing of it is on the disk yet, or a part, or all but the name
-        return Moment(what, rng.randint(first, last), rng.choice([0.0, rng.random(), 1.0]))
+    if what.startswith("writing "):  # a part of it is on the disk, or all but the name
+        return Moment(what, rng.randint(first, last), rng.choice([rng.random(), 1.0]))
     return Moment(what, rng.randint(first, last), rng.uniform(0, 0.03))
 
 
