@@ -3,7 +3,6 @@
 import copy
 import itertools
 import math
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +168,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     absent = [key for key in wanted if key not in checkpoint["config"]]
     if absent:
         raise InputError(f"{path}: its config lacks {', '.join(absent)}; train it again")
-    if checkpoint["config"]["classes"] != list(CLASSES):
-        raise InputError(f"{path}: its classes are {checkpoint['config']['classes']!r}, expected {CLASSES}")
+    classes = checkpoint["config"]["classes"]
+    if not isinstance(classes, list) or classes != list(CLASSES):
+        raise InputError(f"{path}: its classes are {str(classes)[:60]!r}, expected {list(CLASSES)}")
     strange = [key for key, value in checkpoint["config"].items() if not _is_sound(key, value)]
     if strange:
-        raise InputError(f"{path}: its config has {strange[0]} {checkpoint['config'][strange[0]]!r}; train it again")
+        value = str(checkpoint["config"][strange[0]])[:60]
+        raise InputError(f"{path}: its config has {strange[0]} {value!r}; train it again")
     return checkpoint
 
 
@@ -195,7 +196,9 @@ def _is_sound(key: str, value: Any) -> bool:
 
 
 def check_same_run(path: Path, checkpoint: dict[str, Any], settings: dict[str, Any], config: dict[str, Any]) -> None:
-    """Raise InputError where the checkpoint to resume from was begun with other settings or other patches."""
+    """Raise InputError where the checkpoint to resume from is none, or was begun with other settings or patches."""
+    if not {"settings", "optimizer", "log"} <= checkpoint.keys():
+        raise InputError(f"{path}: holds a network but not the state of its training; leave out --resume")
     if checkpoint["config"]["manifest_sha256"] != config["manifest_sha256"]:
         raise InputError(f"{path}: was trained on another manifest than {settings['manifest']}; leave out --resume")
     for name, value in settings.items():
@@ -212,6 +215,6 @@ def _read_tensors(path: Path) -> Any:
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a broken pickle raises anything
         reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a readable checkpoint, or one that would run code ({reason})") from error

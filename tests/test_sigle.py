@@ -35,6 +35,8 @@ def test_resume_refuses_another_run(small_run, tmp_path):
     again = [*flags(small_run, tmp_path / "NS"), "--resume"]
     fails("NS/sigle.py", *again, "--epochs", 2, "--lr", 0.5, says="--lr")
     fails("NS/sigle.py", *flags(small_run, tmp_path / "empty"), "--resume", says="last.pt")
+    shutil.copy(tmp_path / "NS/model.pt", tmp_path / "NS/last.pt")
+    fails("NS/sigle.py", *again, says="not the state of its training")
 
 
 def changed_manifest(small_run, tmp_path, change):
