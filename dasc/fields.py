@@ -134,7 +134,9 @@ def reason(error: Exception) -> str:
 
 
 def check_size(width: int, height: int) -> None:
-    """Raise ValueError where an image is too large to be held in memory whole."""
+    """Raise ValueError where an image has no pixels, or is too large to be held in memory whole."""
+    if not width * height:
+        raise ValueError(f"{width} x {height} pixels, expected some; save or download it again")
     if width * height > MAX_PIXELS:
         raise ValueError(
             f"{width} x {height} pixels is more than {MAX_PIXELS:,} (MAX_PIXELS); cut it into smaller regions"
