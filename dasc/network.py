@@ -190,8 +190,13 @@ def _is_sound(key: str, value: Any) -> bool:
     if key == "temperature":
         return is_number and value > 0
     if key == "val_curve":
-        columns = list(value.values()) if isinstance(value, dict) else [None]
-        return all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns)
+        columns = list(value.values()) if isinstance(value, dict) else []
+        return (
+            isinstance(value, dict)
+            and {"threshold", "precision", "recall"} <= value.keys()
+            and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns)
+            and all(isinstance(number, float | int) for column in columns for number in column)
+        )
     return isinstance(value, {"backbone": str, "normalise_stain": bool}.get(key, object))
 
 
