@@ -6,7 +6,6 @@ and, to resume from, last.pt.
 """
 
 import argparse
-import pickle
 import sys
 from pathlib import Path
 
@@ -208,8 +207,8 @@ def read_state(path: Path, settings: dict) -> dict:
         raise InputError(f"{path}: no such file; nothing to go on from, leave out --resume")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        begun = state["settings"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, OSError) as error:
+        begun = dict(state["settings"])
+    except Exception as error:  # a broken pickle raises anything
         raise InputError(f"{path}: not a checkpoint of this script; leave out --resume") from error
     for name, table in (("manifest_sha256", "--manifest"), ("hard_sha256", "--hard")):
         if begun.get(name) != settings[name]:

@@ -186,8 +186,8 @@ def main(args: argparse.Namespace) -> int:
             "memory": vars(memory),
             "log": log,
         }
+        write_csv(out / "log.csv", pd.DataFrame(log).round(6))  # before last.pt: with that, the epoch is done
         save_checkpoint(out / "last.pt", {**content, "config": config, "settings": settings})
-        write_csv(out / "log.csv", pd.DataFrame(log).round(6))
 
     write_csv(out / "memory.csv", memory_table(train, memory, units))
     save_checkpoint(out / "model.pt", {"model": network.state_dict(), "config": config})

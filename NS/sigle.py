@@ -189,8 +189,8 @@ def main(args: argparse.Namespace) -> int:
             best = {name: tensor.clone() for name, tensor in average.state_dict().items()}
         state = {"model": network.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"log": log, "best": best, "config": config, "settings": settings}
+        write_csv(out / "log.csv", pd.DataFrame(log).round(6))  # before last.pt: with that, the epoch is done
         save_checkpoint(out / "last.pt", state)
-        write_csv(out / "log.csv", pd.DataFrame(log).round(6))
 
     average.load_state_dict(best)
     folded = fold_batch_norms(average)

@@ -20,6 +20,7 @@ MIDOG21_UNLABELLED = range(151, 201)
 MITOS14_UM_PER_PX = {"A": 0.2455, "H": 0.2274}  # Aperio, Hamamatsu
 TUPAC16_UM_PER_PX = 0.25
 
+MOST_BYTES = 255  # of a file's name
 FRAME_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")  # frames are often converted
 DEPTHS = ("", "*/", "*/*/")  # folders that archives put round the layout; a glob of fixed depth follows links
 
@@ -295,6 +296,8 @@ def _check_relative(path: str, where: str) -> None:
     for flavour in (PurePosixPath(path), PureWindowsPath(path)):
         if flavour.anchor or ".." in flavour.parts:
             raise InputError(f"{where}: {path!r} leads out of the dataset; expected a path relative to its folder")
+    if any(len(part.encode("utf-8", "surrogatepass")) > MOST_BYTES for part in PurePosixPath(path).parts):
+        raise InputError(f"{where}: a file name of more than {MOST_BYTES} bytes, which no system has: {path[:40]!r}...")
 
 
 def _text(path: Path) -> str:

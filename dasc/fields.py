@@ -134,7 +134,9 @@ def reason(error: Exception) -> str:
 
 
 def check_size(width: int, height: int) -> None:
-    """Raise ValueError where an image is too large to be held in memory whole."""
+    """Raise ValueError where an image has no pixels, or is too large to be held in memory whole."""
+    if not width * height:
+        raise ValueError(f"{width} x {height} pixels, expected some; save or download it again")
     if width * height > MAX_PIXELS:
         raise ValueError(
             f"{width} x {height} pixels is more than {MAX_PIXELS:,} (MAX_PIXELS); cut it into smaller regions"
@@ -172,6 +174,8 @@ def _check_jpeg_end(data: bytes) -> None:
 
 def full_page(tif: tifffile.TiffFile) -> tifffile.TiffPage:
     """Return the page of full resolution: the first that is not marked as a reduced copy."""
+    if not len(tif.pages):  # counting them also finds pages linked in a circle, which tif.series would follow for ever
+        raise ValueError("holds no image")
     series = next((one for one in tif.series if not one.keyframe.is_reduced), tif.series[0])
     if series.size != series.keyframe.size:
         raise ValueError(f"holds several images ({series.axes} {series.shape}); save each as a file of its own")

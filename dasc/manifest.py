@@ -29,6 +29,7 @@ PATCHES = {
 }
 FIELDS = {"image": str, "path": str, "case": str, "split": str, "um_per_px": float}
 ANNOTATIONS = {"image": str, "x_px": float, "y_px": float, "label": int}
+MOST = 2**53  # whole numbers beyond this are not read exactly
 
 
 def read_table(path: Path, columns: dict[str, type], made_by: str) -> pd.DataFrame:
@@ -39,7 +40,8 @@ def read_table(path: Path, columns: dict[str, type], made_by: str) -> pd.DataFra
         made_by: the command that makes it, for the error when it is missing.
 
     Raises:
-        InputError: no such file, not a CSV, a column that is missing, a cell that is not of its type.
+        InputError: no such file, not a CSV, a column that is missing, a row of another length than the header, a cell
+            that is not of its type.
     """
     path = Path(path)
     if not path.is_file():
@@ -48,17 +50,27 @@ def read_table(path: Path, columns: dict[str, type], made_by: str) -> pd.DataFra
         table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
     except (ValueError, pd.errors.ParserError) as error:
         raise InputError(f"{path}: not a readable CSV ({str(error).splitlines()[0]})") from error
+    if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first ones for names of the rows
+        raise InputError(f"{path}: its rows have more cells than its header has names")
+    short = table.isna().any(axis=1)
+    if short.any():
+        raise InputError(
+            f"{path}, row {int(np.argmax(short)) + 2}: fewer cells than the {table.shape[1]} of the header"
+        )
     absent = [column for column in columns if column not in table.columns]
     if absent:
         raise InputError(f"{path}: column {', '.join(absent)} is missing; found {', '.join(table.columns)}")
     for column, kind in columns.items():
         if kind is str:
             continue
-        numbers = pd.to_numeric(table[column], errors="coerce")
-        wrong = numbers.isna() & ((table[column] != "") | (kind is int))
+        numbers = pd.to_numeric(table[column], errors="coerce").astype(float)
+        wrong = ~np.isfinite(numbers) & ((table[column] != "") | (kind is int))
+        if kind is int:
+            wrong |= (numbers != numbers.round()) | (numbers.abs() > MOST)
         if wrong.any():
             row = int(np.argmax(wrong))
-            raise InputError(f"{path}, row {row + 2}: {column} is {table[column][row]!r}, expected a number")
+            expected = "a whole number" if kind is int else "a number"
+            raise InputError(f"{path}, row {row + 2}: {column} is {table[column][row]!r}, expected {expected}")
         table[column] = numbers.astype(kind)
     return table[list(columns)]
 
@@ -89,7 +101,13 @@ def inside(path_text: str, manifest: Path) -> str:
         InputError: an absolute path or one with `..`.
     """
     path = PurePosixPath(path_text)
-    if not path_text or path.is_absolute() or ".." in path.parts or "\\" in path_text or ":" in path.parts[0]:
+    if (
+        not path_text
+        or path.is_absolute()
+        or ".." in path.parts
+        or set("\\\0") & set(path_text)
+        or ":" in path.parts[0]
+    ):
         raise InputError(f"{manifest}: path {path_text!r} leaves the folder; expected one relative to it")
     return path_text
 
@@ -122,7 +140,11 @@ def read_cut_run(folder: Path) -> dict:
     path = folder / "run.json"
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        run["data_root"], run["arguments"]["patch_um_per_px"], run["arguments"]["normalise_stain"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        arguments = run["arguments"]
+        known = isinstance(run["data_root"], str | None) and isinstance(arguments["normalise_stain"], bool)
+        known &= isinstance(arguments["patch_um_per_px"], float | int | None)
+        if not known:
+            raise ValueError("values of other types")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: does not say how the patches were cut; run pre/cut_patch_2.py again") from error
     return run

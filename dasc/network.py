@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-import pickle
+import math
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +144,10 @@ def load_network(path: Path, device: torch.device) -> tuple[SearchNetwork, dict[
     network = build_network(config)
     try:
         network.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: its weights do not fit its own config ({config['backbone']})") from error
+    if not all(torch.isfinite(tensor).all() for tensor in network.state_dict().values()):
+        raise InputError(f"{path}: its weights are not all finite numbers; train it again")  # it would find nothing
     return fold_batch_norms(network.to(device, memory_format=torch.channels_last)), config
 
 
@@ -156,19 +158,52 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         InputError: as `load_network`.
     """
     checkpoint = _read_tensors(path)
-    if not isinstance(checkpoint, dict) or not {"model", "config"} <= checkpoint.keys():
+    if (
+        not isinstance(checkpoint, dict)
+        or not {"model", "config"} <= checkpoint.keys()
+        or not isinstance(checkpoint["config"], dict)
+    ):
         raise InputError(f"{path}: not a checkpoint of this project (expected model and config in it)")
     wanted = ("backbone", "stride", "patch_size", "um_per_px", "normalise_stain", "threshold", "classes")
     absent = [key for key in wanted if key not in checkpoint["config"]]
     if absent:
         raise InputError(f"{path}: its config lacks {', '.join(absent)}; train it again")
-    if tuple(checkpoint["config"]["classes"]) != CLASSES:
-        raise InputError(f"{path}: its classes are {checkpoint['config']['classes']}, expected {CLASSES}")
+    classes = checkpoint["config"]["classes"]
+    if not isinstance(classes, list) or classes != list(CLASSES):
+        raise InputError(f"{path}: its classes are {str(classes)[:60]!r}, expected {list(CLASSES)}")
+    strange = [key for key, value in checkpoint["config"].items() if not _is_sound(key, value)]
+    if strange:
+        value = str(checkpoint["config"][strange[0]])[:60]
+        raise InputError(f"{path}: its config has {strange[0]} {value!r}; train it again")
     return checkpoint
 
 
+def _is_sound(key: str, value: Any) -> bool:
+    """Whether a config may have this value; keys that no reader looks at may have any."""
+    is_number = isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
+    if key in ("stride", "patch_size"):
+        return isinstance(value, int) and is_number and 0 < value <= 4096
+    if key == "um_per_px":
+        return value is None or (is_number and value >= 0)  # none: patches of unknown resolution
+    if key in ("threshold", "offset"):
+        return is_number
+    if key == "temperature":
+        return is_number and value > 0
+    if key == "val_curve":
+        columns = list(value.values()) if isinstance(value, dict) else []
+        return (
+            isinstance(value, dict)
+            and {"threshold", "precision", "recall"} <= value.keys()
+            and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns)
+            and all(isinstance(number, float | int) for column in columns for number in column)
+        )
+    return isinstance(value, {"backbone": str, "normalise_stain": bool}.get(key, object))
+
+
 def check_same_run(path: Path, checkpoint: dict[str, Any], settings: dict[str, Any], config: dict[str, Any]) -> None:
-    """Raise InputError where the checkpoint to resume from was begun with other settings or other patches."""
+    """Raise InputError where the checkpoint to resume from is none, or was begun with other settings or patches."""
+    if not {"settings", "optimizer", "log"} <= checkpoint.keys():
+        raise InputError(f"{path}: holds a network but not the state of its training; leave out --resume")
     if checkpoint["config"]["manifest_sha256"] != config["manifest_sha256"]:
         raise InputError(f"{path}: was trained on another manifest than {settings['manifest']}; leave out --resume")
     for name, value in settings.items():
@@ -185,6 +220,6 @@ def _read_tensors(path: Path) -> Any:
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a broken pickle raises anything
         reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a readable checkpoint, or one that would run code ({reason})") from error

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import os
 import platform
@@ -87,10 +88,11 @@ def pick_device(name: str) -> torch.device:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its place when the block ends without an error.
 
-    A killed run or a full disk leaves the old file as it was.
+    A killed run or a full disk leaves the old file as it was. What a killed run left of the temporary file the next
+    one writes over: no two runs share a folder (`only_run`).
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -168,11 +170,14 @@ def check_replaceable(out: Path, mark: str) -> None:
 def replacing_folder(out: Path, mark: str) -> Iterator[Path]:
     """Yield a new folder beside `out` that takes its place when the block ends without an error.
 
-    The older one stays as `<out>.previous`. Errors: InputError as `check_replaceable`, or where it cannot be written.
+    The older one stays as `<out>.previous`; what a killed run left is begun anew. Errors: InputError as
+    `check_replaceable`, or where it cannot be written.
     """
     check_replaceable(out, mark)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    partial = out.with_name(f".{out.name}.tmp")
     try:
+        if partial.exists():
+            shutil.rmtree(partial)
         partial.mkdir(parents=True)
         yield partial
         put_in_place(partial, out)
@@ -212,9 +217,11 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Save tensors and plain types, so that the file loads with `weights_only=True`."""
+    """Save tensors and plain types, so that the file loads with `weights_only=True`; same content, same bytes."""
+    content = io.BytesIO()  # given a path, torch writes its name into the file, and a full disk is a RuntimeError
+    torch.save(checkpoint, content)
     with replacing(path) as temporary:
-        torch.save(checkpoint, temporary)
+        temporary.write_bytes(content.getbuffer())
 
 
 def sha256(path: Path) -> str:

@@ -37,9 +37,10 @@ class SavedScan:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             found = [[float(value) for value in row] for row in content["found"]]
-            begun, finished = content["settings"], content["finished"]
-            self.progress = Progress(content["survey"], content["tiles"], found)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            begun, finished = dict(content["settings"]), content["finished"]
+            self.progress = Progress(content["survey"], int(content["tiles"]), found)
+            detections = pd.DataFrame(found, columns=COLUMNS, dtype=float)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise InputError(f"{self.path}: not a scan of this project; leave out --resume to begin anew") from error
         for name, value in self.settings.items():
             if begun.get(name) != value:
@@ -47,7 +48,7 @@ class SavedScan:
                     f"{self.path}: was begun with {name} {begun.get(name)}, not {value}; leave out --resume"
                 )
         if finished:
-            self.detections = pd.DataFrame(found, columns=COLUMNS, dtype=float)
+            self.detections = detections
 
     def save(self, progress: Progress) -> None:
         """Keep an unfinished scan."""

@@ -141,6 +141,8 @@ class TiffSlide(Slide):
             series = next(one for one in self._tif.series if one.keyframe is page)
             pages = [page, *(level.keyframe for level in series.levels[1:])]
             for one in pages:
+                if not one.imagewidth * one.imagelength:
+                    raise ValueError("one of its levels has no pixels; save or download it again")
                 check_colours(one)
                 check_segments(one, self._tif.filehandle.size)
         except Exception:

@@ -6,6 +6,7 @@ All patches show the same width of tissue; every coordinate stays in the field's
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -23,7 +24,7 @@ import pandas as pd
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
-from dasc.datasets import READERS, drop_outside, read_dataset
+from dasc.datasets import READERS, Dataset, drop_outside, read_dataset
 from dasc.detect import score_points
 from dasc.fields import read_field, resolution
 from dasc.manifest import ANNOTATIONS, FIELDS, LABELS, PATCHES, SPLITS
@@ -37,6 +38,7 @@ from dasc.run import (
     put_in_place,
     record_run,
     run_script,
+    sha256,
     true_or_false,
     write_csv,
     write_json,
@@ -125,7 +127,7 @@ def main(args: argparse.Namespace) -> int:
         network, config = load_network(Path(args.model_path), device)
         check_model(config, args)
     out = out_folder(args)
-    partial = start(out, args)
+    partial = start(out, args, dataset)
 
     annotations = dict(tuple(dataset.annotations.groupby("image")))
     none = dataset.annotations[:0]
@@ -168,20 +170,39 @@ def check_model(config: dict, args: argparse.Namespace) -> None:
             raise InputError(f"{args.model_path}: trained at {name} {config[name]}, these patches have {value}")
 
 
-def start(out: Path, args: argparse.Namespace) -> Path:
-    """The folder to work in, beside `out`, which it replaces at the end: a killed run leaves `out` as it was."""
+def start(out: Path, args: argparse.Namespace, dataset: Dataset) -> Path:
+    """The folder to work in, beside `out`, which it replaces at the end: a killed run leaves `out` as it was.
+
+    It is gone on with only where settings, annotations and model are those it was begun with.
+    """
     check_replaceable(out, "patches.csv")
     partial = out.with_name(out.name + ".partial")
-    settings = repr(sorted((key, value) for key, value in vars(args).items() if key not in ("resume", "workers")))
-    note = partial / "settings.txt"
-    if args.resume and note.is_file() and note.read_text(encoding="utf-8") != settings:
-        raise InputError(f"{partial}: was begun with other settings; repeat those or leave out --resume")
-    if partial.exists() and not args.resume:
+    settings = {key: str(value) for key, value in vars(args).items() if key not in ("resume", "workers")}
+    tables = dataset.fields.to_csv(index=False) + dataset.annotations.to_csv(index=False)
+    settings["annotations"] = hashlib.sha256(tables.encode("utf-8", "surrogateescape")).hexdigest()
+    settings["model"] = sha256(Path(args.model_path)) if args.fp_mdoel else None
+    note = partial / "settings.json"
+    if args.resume and note.is_file():
+        check_settings(note, settings)
+    elif partial.exists():  # without a note nobody knows what its patches are
         shutil.rmtree(partial)
     for folder in ("fields", *(f"{split}/{label}" for split in SPLITS for label in LABELS.values())):
         (partial / folder).mkdir(parents=True, exist_ok=True)
-    note.write_text(settings, encoding="utf-8")
+    write_json(note, settings)
     return partial
+
+
+def check_settings(note: Path, settings: dict[str, str | None]) -> None:
+    try:
+        begun = json.loads(note.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{note}: not a note of this script; leave out --resume to begin anew") from error
+    for name, value in settings.items():
+        if begun.get(name) != value:
+            raise InputError(
+                f"{note.parent}: was begun with other settings ({name} {begun.get(name)}, not {value}); "
+                "repeat those or leave out --resume"
+            )
 
 
 class Cut(NamedTuple):
@@ -284,7 +305,8 @@ def write_cut(cut: Cut, number: int, field, partial: Path) -> dict:
 def finish(out: Path, partial: Path, fields: pd.DataFrame, root: Path, skipped: dict, args, device) -> None:
     """Write the tables and put the folder in its place."""
     records = [
-        json.loads((partial / "fields" / f"{quote(image, safe='')}.json").read_text()) for image in fields["image"]
+        json.loads((partial / "fields" / f"{quote(image, safe='')}.json").read_text(encoding="utf-8"))
+        for image in fields["image"]
     ]
     patches = pd.DataFrame([row for record in records for row in record["patches"]], columns=list(PATCHES))
     annotations = [row for record in records for row in record["annotations"]]
@@ -308,7 +330,7 @@ def finish(out: Path, partial: Path, fields: pd.DataFrame, root: Path, skipped: 
         annotations_outside={image: count for image, count in outside.items() if count},
     )
     shutil.rmtree(partial / "fields")
-    (partial / "settings.txt").unlink()
+    (partial / "settings.json").unlink()
     put_in_place(partial, out)
     print(counts.rename("patches").to_string())
     print(f"{len(patches)} patches of {len(fields)} fields in {out}; {len(skipped)} fields skipped")

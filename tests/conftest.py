@@ -1,7 +1,9 @@
 """Puts the project's root on sys.path, so that tests import dasc as the scripts do."""
 
+import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on small tensors more threads wait for each other
@@ -9,17 +11,66 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on small tensors 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pytest
-from pipeline import LIGHT, succeed
+from filelock import FileLock
+from pipeline import LIGHT, readme_commands, succeed
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=0, help="of the moments at which runs are killed, and of the fuzzing")
+    parser.addoption("--fuzz_seconds", type=float, default=45.0, help="how long tests/test_fuzz.py tries inputs")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests wrote down with record_property: the moments of kills, the numbers of inputs."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")
+
+
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder of this session, made by whichever worker of pytest-xdist needs it first."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = base / name, base / f"{name}.done"
+    with FileLock(base / f"{name}.lock"):
+        if not done.is_file():
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
     """Stages 0, 1 and 2 on a small synthetic sample: sample/, patches/ and NS/ in one folder, not to be changed."""
-    folder = tmp_path_factory.mktemp("small_run")
+    return made_once(tmp_path_factory, "small_run", make_small_run)
+
+
+def make_small_run(folder):
     succeed("pre/make_sample.py", "--out", folder / "sample", "--size_px", 700, "--mitoses", 4, "--imposters", 6)
     succeed("pre/cut_patch_2.py", *sample_flags(folder), "--out", folder / "patches")
     succeed("NS/sigle.py", *LIGHT, "--manifest", folder / "patches/patches.csv", "--out", folder / "NS", "--epochs", 2)
-    return folder
+
+
+@pytest.fixture(scope="session")
+def readme_run(tmp_path_factory):
+    """The README's commands in a folder, not to be changed; made.json: the files that each wrote."""
+    return made_once(tmp_path_factory, "readme_run", make_readme_run)
+
+
+def make_readme_run(folder):
+    here, made = Path.cwd(), {}
+    os.chdir(folder)
+    try:
+        for command, script, flags in readme_commands():
+            before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+            succeed(script, *flags)
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            new = [path for path in files if before.get(path) != path.stat().st_mtime_ns]
+            made[command] = [path.relative_to(folder).as_posix() for path in new]
+    finally:
+        os.chdir(here)
+    (folder / "made.json").write_text(json.dumps(made))
 
 
 def sample_flags(folder: Path) -> list[object]:

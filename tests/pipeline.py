@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +22,17 @@ LIGHT = [
     "--batch_size",
     "32",
 ]
+LIGHTER = {  # the README's commands, so that they end in seconds
+    "pre/make_sample.py": ["--size_px", 500, "--mitoses", 4, "--imposters", 4],
+    "pre/cut_patch_2.py": ["--patch_size", 64, "--search_above", 0.2],
+    "NS/sigle.py": [*LIGHT, "--epochs", 2],
+    "DMU/main.py": [*LIGHT, "--epochs", 3, "--count_after", 1, "--warmup", 0],
+    "clus_hard.py": [],
+    "DMU/hard_main.py": [*LIGHT, "--epochs", 2, "--seen_after", 0],
+    "clus_scl.py": [],
+    "DMU/hard_scl_main.py": [*LIGHT, "--epochs", 2, "--warmup", 1, "--subclasses", 2],
+    "predict.py": ["--device", "cpu"],
+}
 
 
 class Done(NamedTuple):
@@ -56,3 +69,17 @@ def fails(script: str, *flags: object, says: str) -> Done:
     assert done.status != 0, done.out
     assert last.startswith("error: ") and says in last, done.err
     return done
+
+
+def readme_commands() -> list[tuple[str, str, list[object]]]:
+    """Stage 0, the README's nine commands and the two lines below them: as typed, the script, its flags lightened."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme[readme.index("## The stages") : readme.index("ImageNet weights come")]
+    table = [row for row in section.splitlines() if row.startswith("| ")]
+    staged = [found for row in table for found in re.findall(r"`python ([^`]+)`", row)]
+    after = re.findall(r"^python (.+)$", section, flags=re.MULTILINE)
+    commands = []
+    for typed in ["pre/make_sample.py", *staged, *after]:
+        script, *flags = shlex.split(typed)
+        commands.append((typed, script, [*flags, *LIGHTER[script]]))
+    return commands

@@ -83,35 +83,6 @@ def test_stage_3_adds_false_positives_and_keeps_the_rest(small_run, tmp_path):
     assert not after.duplicated(["image", "label", "x_px", "y_px"]).any()
 
 
-def test_interrupted_and_resumed_is_the_same(small_run, tmp_path, monkeypatch):
-    """A run stopped by a field that cannot be read goes on where it was, and ends with the same files."""
-    sample = tmp_path / "sample"
-    shutil.copytree(small_run / "sample", sample)
-    flags = ["--data_root", sample, *sample_flags(small_run)[4:], "--out", tmp_path / "out"]
-    partial = tmp_path / "out.partial"
-    import dasc.patches
-
-    written = []
-    whole = dasc.patches.write_patch
-
-    def stop_after_a_while(path, patch):
-        written.append(path)
-        if len(written) > 60:
-            raise KeyboardInterrupt
-        whole(path, patch)
-
-    monkeypatch.setattr(dasc.patches, "write_patch", stop_after_a_while)
-    assert call("pre/cut_patch_2.py", *flags).status == 130
-    assert partial.is_dir() and not (tmp_path / "out").exists()
-    finished = len(list((partial / "fields").iterdir()))
-    monkeypatch.setattr(dasc.patches, "write_patch", whole)
-    fails("pre/cut_patch_2.py", *flags, "--seed", 1, "--resume", says="other settings")
-    assert len(list((partial / "fields").iterdir())) == finished
-    succeed("pre/cut_patch_2.py", *flags, "--resume")
-    assert (tmp_path / "out/patches.csv").read_bytes() == (small_run / "patches/patches.csv").read_bytes()
-    assert not partial.exists()
-
-
 def test_an_older_result_is_kept_and_a_foreign_folder_refused(small_run, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

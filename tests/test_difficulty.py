@@ -147,7 +147,7 @@ GOOD = ["a.png", 1, 5, 3, 2, 6, 4, 0.5, 0.1]
         ("label", 2, "label 2"),
         ("clean", -1, "clean is -1"),
         ("noise_score", "", "noise_score is nan"),
-        ("centroid_distance", "inf", "centroid_distance is inf"),
+        ("centroid_distance", "inf", "centroid_distance is 'inf'"),
         ("hard", "many", "hard is 'many'"),
     ],
 )

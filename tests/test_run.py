@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 from pipeline import ROOT, fails, succeed
 
-from dasc.run import InputError, WriteError, only_run, project_commit, put_in_place, replacing, sha256, write_text
+from dasc.run import (
+    InputError,
+    WriteError,
+    only_run,
+    project_commit,
+    put_in_place,
+    replacing,
+    replacing_folder,
+    sha256,
+    write_text,
+)
 
 SCRIPTS = [
     "pre/make_sample.py",
@@ -126,6 +136,17 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         raise OSError(28, "No space left on device")
     assert (tmp_path / "a.txt").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_what_a_killed_run_left_is_written_over(tmp_path):
+    (tmp_path / ".a.txt.tmp").write_text("longer than what is written now")
+    (tmp_path / ".out.tmp").mkdir()
+    (tmp_path / ".out.tmp/older.png").touch()
+    write_text(tmp_path / "a.txt", "new")
+    with replacing_folder(tmp_path / "out", "mark") as partial:
+        (partial / "mark").touch()
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["a.txt", "out", "out/mark"]
 
 
 def test_files_and_folders_are_brought_to_disk_before_they_take_their_place(tmp_path, monkeypatch):
