@@ -56,7 +56,7 @@ def smooth(image: Image, sigma: float) -> Image:
 
 
 def highest(image: Image, shape: np.ndarray) -> Image:
-    """The highest value within a shape (2 r + 1, 2 r + 1) uint8 about every pixel, whose rows are symmetric runs of 1."""
+    """The highest value about every pixel within a shape (2 r + 1, 2 r + 1) uint8, whose rows are centred runs of 1."""
     if isinstance(image, np.ndarray):
         return cv2.dilate(image, shape)
     (height, width), radius = image.shape, shape.shape[0] // 2
@@ -93,7 +93,7 @@ def enlarge(image: Image, height: int, width: int) -> Image:
 
 
 def _shares(size: int, smaller: int) -> np.ndarray:
-    """How much of each pixel of a larger row is in each pixel of a smaller one, (smaller, size) float32, rows sum to 1."""
+    """Share of every pixel of a row in each pixel of a smaller row, (smaller, size) float32; they sum to 1."""
     edges = np.arange(smaller + 1)[:, None] * (size / smaller)
     pixel = np.arange(size)
     covered = np.minimum(edges[1:], pixel + 1) - np.maximum(edges[:-1], pixel)

@@ -161,7 +161,7 @@ def test_batches_fill_across_tiles():
             sizes.append(len(patches))
             return super().forward(patches)
 
-    patches = np.random.default_rng(0).integers(0, 255, (100, 3, 32, 32)).astype(np.uint8)
+    patches = torch.randint(0, 255, (100, 3, 32, 32), dtype=torch.uint8)
     points = np.arange(200.0).reshape(100, 2)
     looks = Looks(Counting(), 16, 1, 0.0, 0.0)
     for start in range(0, 100, 7):
@@ -203,7 +203,7 @@ def test_memory_of_the_device_halves_the_batch():
             return super().forward(patches)
 
     patches = torch.randint(0, 255, (23, 3, 32, 32), dtype=torch.uint8)
-    assert torch.equal(scan.score_patches(Full(), patches, 20), scan.score_patches(Darkness(), patches, 20))
+    assert torch.equal(scan.log_odds(Full(), patches, 20), scan.log_odds(Darkness(), patches, 20))
 
 
 def test_tile_margins_reach_as_far_as_they_must(tmp_path):
@@ -217,5 +217,5 @@ def test_tile_margins_reach_as_far_as_they_must(tmp_path):
         whole = Tile(slide, grid, (0, down), (0, across))
         part = Tile(slide, grid, (2, 3), (2, 3))
         corners = np.array([[2, 2], [3, 2], [2, 3], [3, 3]]) * float(grid.step)
-        difference = whole.patches(corners, CONFIG, None).astype(int) - part.patches(corners, CONFIG, None)
-        assert np.abs(difference).max() <= 1
+        difference = whole.patches(corners, CONFIG, None).int() - part.patches(corners, CONFIG, None)
+        assert difference.abs().max() <= 1
