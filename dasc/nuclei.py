@@ -11,6 +11,7 @@ Their weighted sum is the score. The weights are those of a logistic regression 
 slides and 115 cases, rounded; tests/benchmarks/candidates.py measures what they keep.
 """
 
+import logging
 import math
 
 import cv2
@@ -36,6 +37,8 @@ WEIGHTS = (2.0, 3.8, -2.7, 0.5)  # contrast, hue of the core, hue of the nucleus
 SMALLEST_SPREAD = (0.02, 0.01, 0.01, 0.02)  # of each measure, for fields with hardly any nuclei
 MARGIN_UM = 64.0  # how far what lies beside a nucleus may change its measures, padding included
 FARTHEST = (-4.0, 8.0)  # a measure counts no further than this, in interquartile ranges from the median
+
+logger = logging.getLogger(__name__)
 
 
 def find_candidates(
@@ -85,13 +88,11 @@ def measure_candidates(
     padding = _find_padding(small, working_um)
     if padding.all():
         return np.zeros((0, 2)), np.zeros((0, 4))
-    red, total = _optical_density(to_device(small, device))
-    if padding.any():
-        # With the tissue's median there, the nuclei beside it are neither hidden nor favoured.
-        padding_density = padding_density or [float(np.median(to_numpy(one)[~padding])) for one in (red, total)]
-        hidden = to_device(padding, device)
-        red[hidden], total[hidden] = padding_density
-    column, row, measures = _measure(red, total, padding, working_um)
+    try:
+        column, row, measures = _measure(to_device(small, device), padding, padding_density, working_um)
+    except torch.OutOfMemoryError:
+        logger.warning("the device's memory is full: candidates are searched on the CPU")
+        column, row, measures = _measure(small, padding, padding_density, working_um)
     working_points = np.stack([column, row], axis=1).astype(np.float64)
     return (working_points + 0.5) * [width / size[0], height / size[1]] - 0.5, measures
 
@@ -133,9 +134,15 @@ def _find_padding(small: np.ndarray, working_um: float) -> np.ndarray:
 
 
 def _measure(
-    red: Image, total: Image, padding: np.ndarray, working_um: float
+    small: Image, padding: np.ndarray, padding_density: tuple[float, float] | None, working_um: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Column and row of every candidate, (N,), and its four measures in the order of WEIGHTS, (N, 4) float64."""
+    red, total = _optical_density(small)
+    if padding.any():
+        # With the tissue's median there, the nuclei beside it are neither hidden nor favoured.
+        padding_density = padding_density or [float(np.median(to_numpy(one)[~padding])) for one in (red, total)]
+        hidden = torch.from_numpy(padding).to(red.device) if isinstance(red, torch.Tensor) else padding
+        red[hidden], total[hidden] = padding_density
     core = smooth(red, CORE_UM / working_um)
     radius = math.ceil(APART_UM / working_um)
     disk = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))

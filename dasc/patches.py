@@ -43,7 +43,10 @@ class PatchCutter:
         self.scale = np.array([small.shape[1] / image.shape[1], small.shape[0] / image.shape[0]])
         self.margin = size  # half a patch, and room for the corners of a turned and shifted one
         self.padded = cv2.copyMakeBorder(small, *[self.margin] * 4, cv2.BORDER_REFLECT)
-        self.windows = torch.from_numpy(self.padded).to(device).unfold(0, size, 1).unfold(1, size, 1)
+        try:
+            self.windows = torch.from_numpy(self.padded).to(device).unfold(0, size, 1).unfold(1, size, 1)
+        except torch.OutOfMemoryError as error:
+            raise InputError("the device's memory does not hold the field; use --device cpu") from error
 
     def _in_padded(self, points_px: np.ndarray) -> np.ndarray:
         return (np.asarray(points_px, dtype=float) + 0.5) * self.scale - 0.5 + self.margin

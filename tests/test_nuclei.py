@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import dasc.nuclei
 from dasc.fields import read_field
 from dasc.nuclei import AT_LEAST, find_candidates, measure_candidates
 from dasc.run import InputError
@@ -209,3 +210,18 @@ def test_torch_ranks_what_opencv_ranks(image):
 
 def test_torch_finds_nothing_on_glass():
     assert len(find_candidates(np.full((300, 400, 3), 240, np.uint8), 0.25, device=torch.device("cpu"))[0]) == 0
+
+
+def test_where_the_device_has_no_memory_the_cpu_searches(monkeypatch, caplog):
+    image = draw(0.25)
+    points_px, _ = find_candidates(image, 0.25)
+    whole = dasc.nuclei.smooth
+
+    def full(image, sigma):
+        if isinstance(image, torch.Tensor):
+            raise torch.OutOfMemoryError("full")
+        return whole(image, sigma)
+
+    monkeypatch.setattr(dasc.nuclei, "smooth", full)
+    np.testing.assert_array_equal(find_candidates(image, 0.25, device=torch.device("cpu"))[0], points_px)
+    assert "memory is full" in caplog.text
