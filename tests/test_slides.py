@@ -239,3 +239,21 @@ def test_levels_of_any_step_are_known_and_a_label_is_none(tmp_path):
     with open_slide(tmp_path / "a.tif") as slide:
         assert slide.levels == [(1600, 1280), (100, 80)] and slide.level_for(20) == 1
         assert np.abs(slide.read_region(1, 0, 0, 100, 80).astype(int) - image[::16, ::16]).mean() < 5
+
+
+def test_a_slide_in_the_form_of_hamamatsus(tmp_path):
+    """NDPI: every level one JPEG in a TIFF with the maker's tags, the macro photograph (lens -1) among the pages."""
+    image = picture(640, 768)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        for step, lens in ((1, 40.0), (4, 10.0), (8, -1.0)):
+            tags = [(65420, "I", 1, 1, True), (65421, "f", 1, lens, True)]  # format, lens
+            tags += [(number, "i", 1, 0, True) for number in (65422, 65423, 65424)]  # place on the glass, focus
+            options = {"photometric": "rgb", "compression": "jpeg", "rowsperstrip": 640 // step, "metadata": None}
+            options |= {"extratags": tags, "resolution": (40000, 40000), "resolutionunit": 3}
+            writer.write(image[::step, ::step].copy(), **options)
+    with open_slide(tmp_path / "a.tif") as slide:
+        assert isinstance(slide, MakersSlide) and "hamamatsu" in slide.reader and slide.um_per_px == 0.25
+        assert (768, 640) == slide.levels[0] and (192, 160) in slide.levels
+        for level, step in ((0, 1), (slide.levels.index((192, 160)), 4)):
+            region = slide.read_region(level, 60, 20, 100, 130).astype(int)
+            assert np.abs(region - image[::step, ::step][20:150, 60:160]).mean() < 5
