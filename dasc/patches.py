@@ -32,7 +32,7 @@ class PatchCutter:
 
     Args:
         image: field (H, W, 3) uint8. um_per_px: its resolution.
-        device: where `cut_tensor` cuts; a GPU gets the field once, not every patch.
+        device: where `cut_tensor` cuts if it is a CUDA one, which then gets the field once and not every patch.
     """
 
     def __init__(
@@ -43,6 +43,8 @@ class PatchCutter:
         self.scale = np.array([small.shape[1] / image.shape[1], small.shape[0] / image.shape[0]])
         self.margin = size  # half a patch, and room for the corners of a turned and shifted one
         self.padded = cv2.copyMakeBorder(small, *[self.margin] * 4, cv2.BORDER_REFLECT)
+        if device.type != "cuda":  # mps may copy every window of the field where it takes a few
+            device = CPU
         try:
             self.windows = torch.from_numpy(self.padded).to(device).unfold(0, size, 1).unfold(1, size, 1)
         except torch.OutOfMemoryError as error:
@@ -56,7 +58,7 @@ class PatchCutter:
         return self.cut_tensor(points_px).cpu().numpy()
 
     def cut_tensor(self, points_px: np.ndarray) -> Tensor:
-        """As `cut`, as a tensor on the cutter's device."""
+        """As `cut`, as a tensor where the cutter cuts."""
         corners = np.round(self._in_padded(points_px)).astype(int) - self.size // 2
         column, row = torch.from_numpy(corners.T.copy()).to(self.windows.device)
         return self.windows[row, column]

@@ -128,7 +128,10 @@ class Tile:
     def patches(
         self, points_px: np.ndarray, config: dict, stain: np.ndarray | None, device: torch.device = CPU
     ) -> torch.Tensor:
-        """Patches (N, 3, S, S) uint8 on a device, about points (N, 2) of the level, the stain normalised."""
+        """Patches (N, 3, S, S) uint8 about points (N, 2) of the level, the stain normalised.
+
+        device: where they are cut, as `patches.PatchCutter`.
+        """
         image = apply_stain(self.image, stain)
         cutter = PatchCutter(image, self.grid.model_um, config["um_per_px"], config["patch_size"], device)
         # Candidates lie half-way between two pixels of the patch: a hair less, and every tile rounds alike.
