@@ -47,7 +47,7 @@ UM_PER_PX = 0.0  # resolution of the images in um/px; 0: as the file or the data
 THRESHOLD = (
     "best"  # p(mitosis) from which a detection counts: a number, or by val: best (F1), precision=0.8, recall=0.9
 )
-PER_MM2 = 1800.0  # candidates looked at per mm2, best ranked first; fewer is faster and misses more
+PER_MM2 = 3000.0  # candidates looked at per mm2, best ranked first; fewer is faster and misses more
 MERGE_UM = 7.5  # detections nearer than this become the strongest of them
 VIEWS = 8  # right-angle views averaged for every likely candidate: 1, 2, 4 or 8
 SMALLEST = 0.05  # detections below this probability are not written

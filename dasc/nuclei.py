@@ -11,11 +11,14 @@ Their weighted sum is the score. The weights are those of a logistic regression 
 slides and 115 cases, rounded; tests/benchmarks/candidates.py measures what they keep.
 """
 
+import logging
 import math
 
 import cv2
 import numpy as np
+import torch
 
+from dasc.filters import Image, at, enlarge, highest, look_up, lowest, shrink, smooth, to_device, to_numpy
 from dasc.run import InputError
 
 PER_MM2 = 1800.0  # candidates kept per square millimetre of field
@@ -35,18 +38,21 @@ SMALLEST_SPREAD = (0.02, 0.01, 0.01, 0.02)  # of each measure, for fields with h
 MARGIN_UM = 64.0  # how far what lies beside a nucleus may change its measures, padding included
 FARTHEST = (-4.0, 8.0)  # a measure counts no further than this, in interquartile ranges from the median
 
+logger = logging.getLogger(__name__)
+
 
 def find_candidates(
-    image: np.ndarray, um_per_px: float, per_mm2: float | None = PER_MM2
+    image: np.ndarray, um_per_px: float, per_mm2: float | None = PER_MM2, device: torch.device | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the nuclei of a field, ranked by how likely a mitosis or a look-alike sits there.
 
     image: (H, W, 3) uint8 RGB. per_mm2: the most candidates per square millimetre (but AT_LEAST); None keeps all.
+    device: of the search, as `measure_candidates`.
     Returns points_px, (N, 2) float64 x, y in the field's own pixels, and score, (N,) float64, descending, relative to
     the field's other nuclei and no probability.
     Raises InputError when um_per_px lies outside 0.1-1.0 or the image is not 8-bit RGB.
     """
-    points_px, measures = measure_candidates(image, um_per_px)
+    points_px, measures = measure_candidates(image, um_per_px, device=device)
     if len(points_px) == 0:
         return points_px, np.zeros(0)
     score = score_candidates(measures, *spread_of(measures))
@@ -58,12 +64,16 @@ def find_candidates(
 
 
 def measure_candidates(
-    image: np.ndarray, um_per_px: float, padding_density: tuple[float, float] | None = None
+    image: np.ndarray,
+    um_per_px: float,
+    padding_density: tuple[float, float] | None = None,
+    device: torch.device | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the nuclei of a field or of a part of one, unranked: points_px (N, 2) and measures (N, 4), both float64.
 
     Nothing about a nucleus depends on what lies farther away than MARGIN_UM, but for black padding: it is given
     padding_density (optical density of red, and of the three channels together), or the median of the image.
+    device: None searches with OpenCV on the CPU, anything else with torch there, with the same result up to rounding.
     Raises InputError as `find_candidates`.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
@@ -78,11 +88,11 @@ def measure_candidates(
     padding = _find_padding(small, working_um)
     if padding.all():
         return np.zeros((0, 2)), np.zeros((0, 4))
-    red, total = _optical_density(small)
-    if padding.any():
-        # With the tissue's median there, the nuclei beside it are neither hidden nor favoured.
-        red[padding], total[padding] = padding_density or (np.median(red[~padding]), np.median(total[~padding]))
-    column, row, measures = _measure(red, total, padding, working_um)
+    try:
+        column, row, measures = _measure(to_device(small, device), padding, padding_density, working_um)
+    except torch.OutOfMemoryError:
+        logger.warning("the device's memory is full: candidates are searched on the CPU")
+        column, row, measures = _measure(small, padding, padding_density, working_um)
     working_points = np.stack([column, row], axis=1).astype(np.float64)
     return (working_points + 0.5) * [width / size[0], height / size[1]] - 0.5, measures
 
@@ -98,12 +108,12 @@ def score_candidates(measures: np.ndarray, middle: np.ndarray, spread: np.ndarra
     return (np.clip((measures - middle) / spread, *FARTHEST) * WEIGHTS).sum(axis=1)
 
 
-def _optical_density(small: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _optical_density(small: Image) -> tuple[Image, Image]:
     """Optical density of red, and of the three channels together, (h, w) float32."""
     density_of = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)
-    red = density_of[small[:, :, 0]]
-    total = red + density_of[small[:, :, 1]]
-    total += density_of[small[:, :, 2]]
+    red = look_up(density_of, small[:, :, 0])
+    total = red + look_up(density_of, small[:, :, 1])
+    total += look_up(density_of, small[:, :, 2])
     return red, total
 
 
@@ -124,35 +134,35 @@ def _find_padding(small: np.ndarray, working_um: float) -> np.ndarray:
 
 
 def _measure(
-    red: np.ndarray, total: np.ndarray, padding: np.ndarray, working_um: float
+    small: Image, padding: np.ndarray, padding_density: tuple[float, float] | None, working_um: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Column and row of every candidate, (N,), and its four measures in the order of WEIGHTS, (N, 4) float64."""
-    core = _smooth(red, CORE_UM / working_um)
+    red, total = _optical_density(small)
+    if padding.any():
+        # With the tissue's median there, the nuclei beside it are neither hidden nor favoured.
+        padding_density = padding_density or [float(np.median(to_numpy(one)[~padding])) for one in (red, total)]
+        hidden = torch.from_numpy(padding).to(red.device) if isinstance(red, torch.Tensor) else padding
+        red[hidden], total[hidden] = padding_density
+    core = smooth(red, CORE_UM / working_um)
     radius = math.ceil(APART_UM / working_um)
     disk = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
-    peak = (core >= cv2.dilate(core, disk)) & (core > cv2.erode(core, disk) + RISE) & ~padding
-    row, column = _first_of_each(peak)
+    peak = (core >= highest(core, disk)) & (core > lowest(core, disk) + RISE)
+    row, column = _first_of_each(to_numpy(peak) & ~padding)
     side = 2 * round(NEARBY_UM / working_um) + 1
-    lightest = cv2.erode(core, np.ones((side, side), np.uint8))[row, column]
-    core_hue = core[row, column] / (_smooth(total, CORE_UM / working_um)[row, column] + PALE)
-    nucleus = _smooth(red, NUCLEUS_UM / working_um)
-    surroundings = _smooth_widely(nucleus, working_um)
-    contrast = nucleus[row, column] - surroundings[row, column]
-    nucleus_hue = nucleus[row, column] / (_smooth(total, NUCLEUS_UM / working_um)[row, column] + PALE)
+    lightest = at(lowest(core, np.ones((side, side), np.uint8)), row, column)
+    core_hue = at(core, row, column) / (at(smooth(total, CORE_UM / working_um), row, column) + PALE)
+    nucleus = smooth(red, NUCLEUS_UM / working_um)
+    contrast = at(nucleus - _smooth_widely(nucleus, working_um), row, column)
+    nucleus_hue = at(nucleus, row, column) / (at(smooth(total, NUCLEUS_UM / working_um), row, column) + PALE)
     return column, row, np.stack([contrast, core_hue, nucleus_hue, lightest], axis=1).astype(np.float64)
 
 
-def _smooth(density: np.ndarray, sigma: float) -> np.ndarray:
-    return cv2.GaussianBlur(density, (0, 0), sigma)
-
-
-def _smooth_widely(nucleus: np.ndarray, working_um: float) -> np.ndarray:
+def _smooth_widely(nucleus: Image, working_um: float) -> Image:
     """Smooth what is already smooth by NUCLEUS_UM up to SURROUNDINGS_UM, at half the size: a quarter of the work."""
     height, width = nucleus.shape
-    half = cv2.resize(nucleus, ((width + 1) // 2, (height + 1) // 2), interpolation=cv2.INTER_AREA)
+    half = shrink(nucleus, (height + 1) // 2, (width + 1) // 2)
     sigma_um = math.sqrt(SURROUNDINGS_UM**2 - NUCLEUS_UM**2)
-    half = _smooth(half, sigma_um / (2 * working_um))
-    return cv2.resize(half, (width, height), interpolation=cv2.INTER_LINEAR)
+    return enlarge(smooth(half, sigma_um / (2 * working_um)), height, width)
 
 
 def _first_of_each(peak: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,11 +9,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 from tqdm import tqdm
 
 from dasc.run import InputError
+
+CPU = torch.device("cpu")
 
 
 def resample(image: np.ndarray, um_per_px: float, to_um_per_px: float) -> np.ndarray:
@@ -31,23 +32,36 @@ class PatchCutter:
 
     Args:
         image: field (H, W, 3) uint8. um_per_px: its resolution.
+        device: where `cut_tensor` cuts if it is a CUDA one, which then gets the field once and not every patch.
     """
 
-    def __init__(self, image: np.ndarray, um_per_px: float, to_um_per_px: float, size: int) -> None:
+    def __init__(
+        self, image: np.ndarray, um_per_px: float, to_um_per_px: float, size: int, device: torch.device = CPU
+    ) -> None:
         self.size = size
         small = resample(image, um_per_px, to_um_per_px)
         self.scale = np.array([small.shape[1] / image.shape[1], small.shape[0] / image.shape[0]])
         self.margin = size  # half a patch, and room for the corners of a turned and shifted one
         self.padded = cv2.copyMakeBorder(small, *[self.margin] * 4, cv2.BORDER_REFLECT)
+        if device.type != "cuda":  # mps may copy every window of the field where it takes a few
+            device = CPU
+        try:
+            self.windows = torch.from_numpy(self.padded).to(device).unfold(0, size, 1).unfold(1, size, 1)
+        except torch.OutOfMemoryError as error:
+            raise InputError("the device's memory does not hold the field; use --device cpu") from error
 
     def _in_padded(self, points_px: np.ndarray) -> np.ndarray:
         return (np.asarray(points_px, dtype=float) + 0.5) * self.scale - 0.5 + self.margin
 
     def cut(self, points_px: np.ndarray) -> np.ndarray:
         """Patches (N, 3, size, size) uint8 about points (N, 2) of the field, x and y in the field's own pixels."""
+        return self.cut_tensor(points_px).cpu().numpy()
+
+    def cut_tensor(self, points_px: np.ndarray) -> Tensor:
+        """As `cut`, as a tensor where the cutter cuts."""
         corners = np.round(self._in_padded(points_px)).astype(int) - self.size // 2
-        windows = sliding_window_view(self.padded, (self.size, self.size), axis=(0, 1))
-        return windows[corners[:, 1], corners[:, 0]]
+        column, row = torch.from_numpy(corners.T.copy()).to(self.windows.device)
+        return self.windows[row, column]
 
     def cut_turned(self, point_px: np.ndarray, angle: float) -> np.ndarray:
         """One patch (3, size, size) uint8 about a point, turned by `angle` degrees."""

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import expit
 from tqdm import tqdm
 
 from dasc.calibration import calibrate, uncalibrate
-from dasc.detect import AT_LEAST, SECOND_LOOK_PER_MM2, merge, score_patches
+from dasc.detect import AT_LEAST, SECOND_LOOK_PER_MM2, device_of, log_odds, merge, over_all_views, search_device
 from dasc.network import SearchNetwork
 from dasc.nuclei import score_candidates, spread_of
 from dasc.slides import Slide
@@ -77,14 +78,15 @@ def scan_slide(
         progress.survey = survey_slide(network, config, slide, grid, tissue, **options)
     survey = progress.survey
     if survey:
+        device = device_of(network)
         stain = survey["stain"] and np.array(survey["stain"], np.float32)
 
-        def look(place: tuple) -> tuple[np.ndarray, np.ndarray]:
+        def look(place: tuple) -> tuple[np.ndarray, torch.Tensor]:
             tile = Tile(slide, grid, *place)
-            points_px, measures = tile.candidates(tuple(survey["padding_density"]), tissue)
+            points_px, measures = tile.candidates(tuple(survey["padding_density"]), tissue, search_device(device))
             scores = score_candidates(measures, np.array(survey["middle"]), np.array(survey["spread"]))
             points_px = points_px[scores >= survey["lowest_score"]]
-            return grid.in_slide(points_px), tile.patches(points_px, config, stain)
+            return grid.in_slide(points_px), tile.patches(points_px, config, stain, device)
 
         looks = Looks(network, batch_size, views, survey["second_look"], uncalibrate(smallest, config))
         places = place_tiles(grid, tissue, tile_um, shift)[progress.tiles :]
@@ -137,6 +139,7 @@ def survey_slide(
         return {}
     chosen = [full[index] for index in np.unique(np.linspace(0, len(full) - 1, SURVEYED).round().astype(int))]
     area_mm2 = grid.area_mm2(sum(blocks[place] for place in chosen))
+    device = device_of(network)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         tiles = list(pool.map(lambda place: Tile(slide, grid, *place), chosen))
         density = np.concatenate(list(pool.map(lambda tile: tissue_density(tile.image), tiles)))
@@ -144,7 +147,7 @@ def survey_slide(
             return {}
         stain = estimate_stain(density) if config["normalise_stain"] else None
         padding_density = float(np.median(density[:, 0])), float(np.median(density.sum(axis=1)))
-        found = list(pool.map(lambda tile: tile.candidates(padding_density, tissue), tiles))
+        found = list(pool.map(lambda tile: tile.candidates(padding_density, tissue, search_device(device)), tiles))
     measures = np.concatenate([measures for _, measures in found])
     if not len(measures):
         return {}
@@ -153,8 +156,8 @@ def survey_slide(
     lowest = _cut(np.concatenate(scores), max(AT_LEAST, int(per_mm2 * area_mm2)))
     first = []
     for tile, (points_px, _), score in zip(tiles, found, scores, strict=True):
-        patches = torch.from_numpy(tile.patches(points_px[score >= lowest], config, stain))
-        first.append(score_patches(network, patches, batch_size).numpy())
+        patches = tile.patches(points_px[score >= lowest], config, stain, device)
+        first.append(expit(log_odds(network, patches, batch_size).numpy()))
     return {
         "stain": None if stain is None else stain.tolist(),
         "padding_density": padding_density,
@@ -171,33 +174,42 @@ class Looks:
     def __init__(
         self, network: SearchNetwork, batch_size: int, views: int, second_look: float, smallest: float
     ) -> None:
-        self.network, self.batch_size = network, batch_size
-        self.rounds = [(1, second_look), (views, smallest)] if views > 1 else [(1, smallest)]
-        self.waiting: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in self.rounds]
+        self.network, self.batch_size, self.views = network, batch_size, views
+        self.rounds = [([0], second_look), (range(1, views), smallest)] if views > 1 else [([0], smallest)]
+        self.waiting: list[list[tuple[np.ndarray, torch.Tensor, np.ndarray]]] = [[] for _ in self.rounds]
         self.found: list[list[float]] = []
 
-    def add(self, points_px: np.ndarray, patches: np.ndarray, number: int = 0, everything: bool = False) -> None:
-        """Take points (N, 2) and their patches (N, 3, S, S) into a round; score what fills batches, or everything."""
-        self.waiting[number].append((points_px, patches))
-        waits = sum(len(points) for points, _ in self.waiting[number])
+    def add(self, points_px: np.ndarray, patches: torch.Tensor) -> None:
+        """Take points (N, 2) and their patches (N, 3, S, S) uint8; score what fills batches."""
+        self.waiting[0].append((points_px, patches, np.zeros(len(points_px), np.float32)))
+        self._score(0, everything=False)
+
+    def _score(self, number: int, everything: bool) -> None:
+        """Score what fills batches in a round, or everything; what is likely enough goes to the next round."""
+        waits = sum(len(points) for points, _, _ in self.waiting[number])
         ready = waits if everything else waits - waits % self.batch_size
         if not ready:
             return
-        points_px, patches = (np.concatenate(parts) for parts in zip(*self.waiting[number], strict=True))
-        self.waiting[number] = [(points_px[ready:].copy(), patches[ready:].copy())]  # copies free what was scored
+        points, patches, odds = zip(*self.waiting[number], strict=True)
+        points_px, patches, odds = np.concatenate(points), torch.cat(patches), np.concatenate(odds)
+        # Copies free what was scored.
+        self.waiting[number] = [(points_px[ready:].copy(), patches[ready:].clone(), odds[ready:].copy())]
+        points_px, patches, odds = points_px[:ready], patches[:ready], odds[:ready]
         views, lowest = self.rounds[number]
-        scores = score_patches(self.network, torch.from_numpy(patches[:ready]), self.batch_size, views).numpy()
+        seen = log_odds(self.network, patches, self.batch_size, views).numpy()
+        odds = over_all_views(odds, seen, self.views) if number else seen
+        scores = expit(odds)
         stays = np.flatnonzero(scores >= lowest)
         if number + 1 < len(self.rounds):
-            self.add(points_px[stays], patches[stays], number + 1)
+            self.waiting[number + 1].append((points_px[stays], patches[torch.from_numpy(stays)], odds[stays]))
+            self._score(number + 1, everything=False)
         else:
             self.found += np.column_stack([points_px[stays], scores[stays].astype(float)]).tolist()
 
     def flush(self) -> list[list[float]]:
         """Score whatever waits; hand out x, y and probability of all found since the last time."""
-        for number, waiting in enumerate(self.waiting):
-            if waiting:
-                self.add(waiting[0][0][:0], waiting[0][1][:0], number, everything=True)
+        for number in range(len(self.rounds)):
+            self._score(number, everything=True)
         found, self.found = self.found, []
         return found
 

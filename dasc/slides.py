@@ -138,8 +138,9 @@ class TiffSlide(Slide):
         self._tif = tifffile.TiffFile(path)
         try:
             page = full_page(self._tif)
-            series = next(one for one in self._tif.series if one.keyframe is page)
-            pages = [page, *(level.keyframe for level in series.levels[1:])]
+            # tifffile takes only copies reduced by 2, 3 or 4 for levels of the series; any other step is one here.
+            copies = [level.keyframe for series in self._tif.series for level in series.levels]
+            pages = [page, *(copy for copy in copies if copy.is_reduced and _same_aspect(copy, page))]
             for one in pages:
                 if not one.imagewidth * one.imagelength:
                     raise ValueError("one of its levels has no pixels; save or download it again")
@@ -259,6 +260,12 @@ def read_overview(slide: Slide, downsample: float, workers: int) -> tuple[np.nda
     with ThreadPoolExecutor(max(1, workers)) as pool:
         list(pool.map(fill, [(x, y) for y in range(0, height, side) for x in range(0, width, side)]))
     return overview, factor * slide.downsample(level)
+
+
+def _same_aspect(copy: tifffile.TiffPage, page: tifffile.TiffPage) -> bool:
+    """Whether a copy has a page's sides but for their rounding; a label or a macro photograph has others."""
+    wanted = copy.imagewidth * page.imagelength / page.imagewidth
+    return copy.imagewidth < page.imagewidth and abs(copy.imagelength - wanted) <= 2
 
 
 def _plausible(um_per_px: float) -> float | None:

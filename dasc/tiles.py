@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+import torch
 
 from dasc.nuclei import MARGIN_UM, WORKING_UM_PER_PX, measure_candidates
-from dasc.patches import PatchCutter
+from dasc.patches import CPU, PatchCutter
 from dasc.slides import Slide
 from dasc.stain import apply_stain
 
@@ -108,9 +109,14 @@ class Tile:
         beyond = -height % grid.step, -width % grid.step  # mirrored to whole blocks at the slide's far edges
         self.image = cv2.copyMakeBorder(image, 0, beyond[0], 0, beyond[1], cv2.BORDER_REFLECT) if any(beyond) else image
 
-    def candidates(self, padding_density: tuple[float, float], tissue: Tissue) -> tuple[np.ndarray, np.ndarray]:
-        """Its own candidates on tissue: points (N, 2) in the level's pixels, and measures (N, 4)."""
-        points_px, measures = measure_candidates(self.image, self.grid.search_um, padding_density)
+    def candidates(
+        self, padding_density: tuple[float, float], tissue: Tissue, device: torch.device | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Its own candidates on tissue: points (N, 2) in the level's pixels, and measures (N, 4).
+
+        device: of the search, as `nuclei.measure_candidates`.
+        """
+        points_px, measures = measure_candidates(self.image, self.grid.search_um, padding_density, device)
         points_px = points_px + self.corner_px
         own = (points_px[:, 0] <= self.grid.width - 0.5) & (points_px[:, 1] <= self.grid.height - 0.5)
         for axis, (first, last) in enumerate((self.columns, self.rows)):
@@ -119,9 +125,14 @@ class Tile:
         own &= tissue.at(self.grid.in_slide(points_px))
         return points_px[own], measures[own]
 
-    def patches(self, points_px: np.ndarray, config: dict, stain: np.ndarray | None) -> np.ndarray:
-        """Patches (N, 3, S, S) uint8 about points (N, 2) of the level, the stain normalised."""
+    def patches(
+        self, points_px: np.ndarray, config: dict, stain: np.ndarray | None, device: torch.device = CPU
+    ) -> torch.Tensor:
+        """Patches (N, 3, S, S) uint8 about points (N, 2) of the level, the stain normalised.
+
+        device: where they are cut, as `patches.PatchCutter`.
+        """
         image = apply_stain(self.image, stain)
-        cutter = PatchCutter(image, self.grid.model_um, config["um_per_px"], config["patch_size"])
+        cutter = PatchCutter(image, self.grid.model_um, config["um_per_px"], config["patch_size"], device)
         # Candidates lie half-way between two pixels of the patch: a hair less, and every tile rounds alike.
-        return cutter.cut(points_px - self.corner_px - 1e-3)
+        return cutter.cut_tensor(points_px - self.corner_px - 1e-3)

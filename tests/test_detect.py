@@ -5,10 +5,13 @@ import threading
 import cv2
 import numpy as np
 import torch
+from scipy.special import expit
 
 import dasc.detect
-from dasc.detect import embed_patches, merge, scan_field, score_patches
+import dasc.nuclei
+from dasc.detect import embed_patches, log_odds, merge, over_all_views, scan_field, score_patches
 from dasc.network import SearchNetwork
+from dasc.patches import PatchCutter
 
 
 def test_merge_keeps_the_strongest_of_a_group():
@@ -108,3 +111,45 @@ def test_every_core_scores_batches_of_its_own(monkeypatch):
         torch.set_num_threads(threads)
     assert len(looked) == 3 and {count for _, count in looked} == {1}
     assert threading.get_ident() not in {thread for thread, _ in looked}
+
+
+def test_a_second_look_has_the_average_of_all_views():
+    torch.manual_seed(0)
+    network = SearchNetwork("resnet10t").eval()
+    patches = torch.randint(0, 255, (4, 3, 64, 64), dtype=torch.uint8)
+    for views in (2, 4, 8):
+        first, others = (log_odds(network, patches, 4, which).numpy() for which in ([0], range(1, views)))
+        at_once = score_patches(network, patches, 4, views).numpy()
+        assert np.allclose(expit(over_all_views(first, others, views)), at_once, atol=1e-6)
+
+
+def test_a_field_is_scored_as_its_patches_are():
+    image = np.full((800, 900, 3), (235, 200, 220), np.uint8)
+    for x, y, shade in ((200, 300, 50), (500, 300, 90), (400, 600, 120)):
+        cv2.ellipse(image, (x, y), (18, 9), 30, 0, 360, (shade, shade - 10, shade + 30), -1)
+    torch.manual_seed(0)
+    network = SearchNetwork("resnet10t").eval()
+    config = {"patch_size": 64, "um_per_px": 0.25, "normalise_stain": False}
+    options = {"batch_size": 16, "per_mm2": 1800, "merge_um": 7.5, "smallest": 0.0}
+    for views in (1, 8):
+        found = scan_field(network, config, cv2.GaussianBlur(image, (0, 0), 2), 0.25, views=views, **options)
+        cutter = PatchCutter(cv2.GaussianBlur(image, (0, 0), 2), 0.25, 0.25, 64)
+        patches = cutter.cut_tensor(found[["x_px", "y_px"]].to_numpy())
+        assert len(found) >= 3 and np.allclose(found["probability"], score_patches(network, patches, 16, views))
+
+
+def test_a_field_searched_on_a_device_gives_the_same(monkeypatch):
+    rng = np.random.default_rng(0)
+    image = np.full((900, 1100, 3), (235, 200, 220), np.uint8)
+    for x, y in rng.uniform(40, 860, (120, 2)):
+        shade = int(rng.integers(40, 150))
+        cv2.circle(image, (round(x), round(y)), int(rng.integers(8, 18)), (shade, shade - 20, shade + 40), -1)
+    image = (cv2.GaussianBlur(image, (0, 0), 1.5) + rng.normal(0, 3, image.shape)).clip(0, 255).astype(np.uint8)
+    found = scan(image, 0.25, views=8)
+    monkeypatch.setattr(dasc.detect, "search_device", lambda device: device)
+    searched = []
+    whole = dasc.nuclei.smooth
+    monkeypatch.setattr(dasc.nuclei, "smooth", lambda image, sigma: searched.append(image) or whole(image, sigma))
+    on_device = scan(image, 0.25, views=8)
+    assert len(found) > 15 and len(searched) == 5 and all(isinstance(image, torch.Tensor) for image in searched)
+    assert np.allclose(found, on_device, atol=1e-5)

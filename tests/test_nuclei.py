@@ -6,9 +6,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
+import dasc.nuclei
 from dasc.fields import read_field
-from dasc.nuclei import AT_LEAST, find_candidates
+from dasc.nuclei import AT_LEAST, find_candidates, measure_candidates
 from dasc.run import InputError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -167,3 +169,59 @@ def test_real_mitoses_are_kept():
                     found += np.linalg.norm(points_px - [float(x), float(y)], axis=1).min() * 0.2274 <= 7.5
     assert total > 50
     assert found / total >= 0.985
+
+
+def tissue(height: int, width: int, seed: int) -> np.ndarray:
+    """Pink tissue with ragged nuclei of all shades, a gap, and noise as of a camera, at 0.25 um/px."""
+    rng = np.random.default_rng(seed)
+    image = np.full((height, width, 3), CYTOPLASM, np.uint8)
+    for x, y in rng.uniform(0, [width, height], (height * width // 3000, 2)):
+        shade = rng.uniform(0, 1)
+        colour = (shade * np.array(CHROMATIN) + (1 - shade) * np.array(NUCLEUS)).tolist()
+        around = rng.uniform(6, 18) * rng.uniform(0.6, 1.2, 12)
+        turns = np.linspace(0, 2 * np.pi, 12, endpoint=False)
+        outline = np.stack([x + around * np.cos(turns), y + around * np.sin(turns)], axis=1)
+        cv2.fillPoly(image, [np.round(outline * 16).astype(np.int32)], colour, cv2.LINE_AA, 4)
+    cv2.ellipse(image, (width // 3, height // 3), (60, 30), 20, 0, 360, (244, 243, 245), -1)
+    image = cv2.GaussianBlur(image, (0, 0), 1.0) + rng.normal(0, 3, image.shape)
+    return image.round().clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("um_per_px", [0.1, 0.2274, 0.25, 0.5, 0.7])
+@pytest.mark.parametrize("shape", [(700, 900), (611, 437), (90, 31), (3, 2)])
+def test_torch_finds_what_opencv_finds(shape, um_per_px):
+    image = tissue(*shape, seed=1)
+    image[: shape[0] // 3, : shape[1] // 5] = 0  # padding, where the field is large enough
+    points_px, measures = measure_candidates(image, um_per_px)
+    on_device, measures_on_device = measure_candidates(image, um_per_px, device=torch.device("cpu"))
+    np.testing.assert_array_equal(on_device, points_px)
+    np.testing.assert_allclose(measures_on_device, measures, atol=2e-6)
+
+
+@pytest.mark.parametrize("image", [draw(0.25), np.tile(draw(0.25), (2, 2, 1))], ids=["plateaus", "ties"])
+def test_torch_ranks_what_opencv_ranks(image):
+    """Flat nuclei: rounding may move a maximum on its plateau, but the same nuclei are kept in the same order."""
+    points_px, score = find_candidates(image, 0.25, 600)
+    on_device, score_on_device = find_candidates(image, 0.25, 600, torch.device("cpu"))
+    np.testing.assert_allclose(score_on_device, score, atol=1e-3)
+    nearest = np.linalg.norm(points_px[:, None] - on_device[None], axis=2).min(axis=1) * 0.25
+    assert (nearest < 3.0).mean() > 0.97
+
+
+def test_torch_finds_nothing_on_glass():
+    assert len(find_candidates(np.full((300, 400, 3), 240, np.uint8), 0.25, device=torch.device("cpu"))[0]) == 0
+
+
+def test_where_the_device_has_no_memory_the_cpu_searches(monkeypatch, caplog):
+    image = draw(0.25)
+    points_px, _ = find_candidates(image, 0.25)
+    whole = dasc.nuclei.smooth
+
+    def full(image, sigma):
+        if isinstance(image, torch.Tensor):
+            raise torch.OutOfMemoryError("full")
+        return whole(image, sigma)
+
+    monkeypatch.setattr(dasc.nuclei, "smooth", full)
+    np.testing.assert_array_equal(find_candidates(image, 0.25, device=torch.device("cpu"))[0], points_px)
+    assert "memory is full" in caplog.text

@@ -140,7 +140,7 @@ def test_a_slide_is_scanned_resumed_and_reported(small_run, tmp_path):
     call("predict.py", *flags)
     assert (tmp_path / "out/detections.csv").read_bytes() == before
     done = call("predict.py", *flags, "--resume", "--per_mm2", 900)
-    assert done.status == 1 and "per_mm2 1800.0, not 900.0" in done.err
+    assert done.status == 1 and "per_mm2 3000.0, not 900.0" in done.err
     (own / "scan.json").write_text("{")
     assert "not a scan" in call("predict.py", *flags, "--resume").err
 

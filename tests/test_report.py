@@ -52,7 +52,8 @@ def page(slide, tmp_path_factory):
     found = detections_of((300, 200, 0.97, True), (1000, 700, 0.9, True), (330, 260, 0.4, False), (5, 5, 0.1, False))
     path = tmp_path_factory.mktemp("page") / "report.html"
     entries = [entry_of(slide, found), entry_of(slide, found[:0], um_per_px=0.25)]
-    write_report(path, entries, {"<b>broken</b>.svs": "cannot be <i>read</i>"}, 0.5, "not calibrated", {"views": 8})
+    settings = {"seconds": 8, "command": ["predict.py", "--out", "a <i>b"], "versions": {"torch": "<i>2"}}
+    write_report(path, entries, {"<b>broken</b>.svs": "cannot be <i>read</i>"}, 0.5, "not calibrated", settings)
     return path
 
 
@@ -70,6 +71,12 @@ def test_names_are_escaped_and_nothing_is_fetched(page):
     sources = re.findall(r'(?:src|href)="([^"]{1,12})', text)
     assert sources and all(source.startswith(("data:image/j", "#image")) for source in sources)
     assert "http:" not in text and "https:" not in text and "url(" not in text
+
+
+def test_settings_can_be_read(page):
+    text = page.read_text(encoding="utf-8")
+    for shown in ("<dd>8</dd>", "<dd>predict.py --out a &lt;i&gt;b</dd>", "<dd>torch: &lt;i&gt;2</dd>"):
+        assert shown in text
 
 
 def test_every_picture_can_be_seen(page):

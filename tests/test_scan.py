@@ -1,6 +1,7 @@
 """Scanning a slide: how it is cut, resumed or stored changes nothing that is found."""
 
 import cv2
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -161,7 +162,7 @@ def test_batches_fill_across_tiles():
             sizes.append(len(patches))
             return super().forward(patches)
 
-    patches = np.random.default_rng(0).integers(0, 255, (100, 3, 32, 32)).astype(np.uint8)
+    patches = torch.randint(0, 255, (100, 3, 32, 32), dtype=torch.uint8)
     points = np.arange(200.0).reshape(100, 2)
     looks = Looks(Counting(), 16, 1, 0.0, 0.0)
     for start in range(0, 100, 7):
@@ -203,7 +204,7 @@ def test_memory_of_the_device_halves_the_batch():
             return super().forward(patches)
 
     patches = torch.randint(0, 255, (23, 3, 32, 32), dtype=torch.uint8)
-    assert torch.equal(scan.score_patches(Full(), patches, 20), scan.score_patches(Darkness(), patches, 20))
+    assert torch.equal(scan.log_odds(Full(), patches, 20), scan.log_odds(Darkness(), patches, 20))
 
 
 def test_tile_margins_reach_as_far_as_they_must(tmp_path):
@@ -217,5 +218,50 @@ def test_tile_margins_reach_as_far_as_they_must(tmp_path):
         whole = Tile(slide, grid, (0, down), (0, across))
         part = Tile(slide, grid, (2, 3), (2, 3))
         corners = np.array([[2, 2], [3, 2], [2, 3], [3, 3]]) * float(grid.step)
-        difference = whole.patches(corners, CONFIG, None).astype(int) - part.patches(corners, CONFIG, None)
-        assert np.abs(difference).max() <= 1
+        difference = whole.patches(corners, CONFIG, None).int() - part.patches(corners, CONFIG, None)
+        assert difference.abs().max() <= 1
+
+
+def small_tile(image, y, x):
+    """A tile of 1024 px, filled up beyond the image's edge."""
+    part = image[y : y + 1024, x : x + 1024]
+    beyond = [(0, 1024 - part.shape[0]), (0, 1024 - part.shape[1]), (0, 0)]
+    return np.ascontiguousarray(np.pad(part, beyond, mode="edge"))
+
+
+def test_a_pyramid_of_20000_px_is_scanned_by_parts(tmp_path, monkeypatch):
+    """400 million pixels of JPEG, all glass but for one piece of tissue, read a few at a time."""
+    piece, centres = draw_tissue(512, 0.25)
+    left, top, side = 6144, 12288, 20_000
+    encode = {"level": 90, "colorspace": "rgb", "outcolorspace": "ycbcr", "subsampling": "444"}
+    glass = imagecodecs.jpeg8_encode(np.full((1024, 1024, 3), (242, 240, 243), np.uint8), **encode)
+    places = [(y, x) for y in range(0, side, 1024) for x in range(0, side, 1024)]
+    corners = [(y, x) for y in (0, 1024) for x in (0, 1024)]
+    tiles = {(top + y, left + x): imagecodecs.jpeg8_encode(small_tile(piece, y, x), **encode) for y, x in corners}
+    options = {"photometric": "ycbcr", "subsampling": (1, 1), "compression": "jpeg", "tile": (1024, 1024)}
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        parts = (tiles.get(place, glass) for place in places)
+        writer.write(parts, shape=(side, side, 3), dtype=np.uint8, subifds=1, **options)
+        small = np.full((side // 16, side // 16, 3), (242, 240, 243), np.uint8)
+        shown = cv2.resize(piece, None, fx=1 / 16, fy=1 / 16, interpolation=cv2.INTER_AREA)
+        small[top // 16 : top // 16 + 128, left // 16 : left // 16 + 128] = shown
+        coarse = [imagecodecs.jpeg8_encode(small_tile(small, y, x), **encode) for y, x in corners]
+        writer.write(iter(coarse), shape=small.shape, dtype=np.uint8, subfiletype=1, **options)
+    read = []
+    whole = slides.TiffSlide._read
+
+    def count(self, level, x, y, width, height):
+        read.append(width * height)
+        return whole(self, level, x, y, width, height)
+
+    monkeypatch.setattr(slides.TiffSlide, "_read", count)
+    monkeypatch.setattr(slides, "IN_MEMORY", 50_000_000)
+    with open_slide(tmp_path / "a.tif") as slide:
+        assert slide.levels == [(side, side), (side // 16, side // 16)]
+        tissue = tissue_of(slide, 0.25)
+        found = scan_slide(soft(), CONFIG, slide, 0.25, tissue, **OPTIONS)
+    assert 1 < tissue.area_mm2(0.25) / (np.pi * (0.46 * 0.512) ** 2) < 1.5  # with its margin
+    strong = found[found["probability"] > 0.5][["x_px", "y_px"]].to_numpy()
+    distance = np.linalg.norm(strong[:, None] - (centres + np.array([left, top])), axis=2).min(axis=1) * 0.25
+    assert len(strong) > 30 and np.median(distance) < 1 and distance.max() < 6
+    assert max(read) < 30e6 and sum(read) < 100e6

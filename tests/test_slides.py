@@ -197,3 +197,63 @@ def test_real_slides():
         assert slide.um_per_px is None and (slide.width, slide.height) == (300, 250)
     with pytest.raises(InputError, match="52479"), open_slide(WSI / "unopenable.tiff"):
         pass
+
+
+def test_openslide_reads_what_tifffile_reads(tmp_path):
+    """A plain tiled pyramid, which both read: the same levels, and the same regions at every one of them."""
+    write_pyramid(tmp_path / "a.tif", picture(640, 768), compression="deflate")
+    with MakersSlide(tmp_path / "a.tif", "generic-tiff") as one, TiffSlide(tmp_path / "a.tif") as other:
+        assert one.levels[0] == other.levels[0] == (768, 640)
+        for level in range(len(one.levels)):
+            place = level, -10, 7, one.levels[level][0] - 9, 90
+            assert (one.read_region(*place) == other.read_region(*place)).all()
+
+
+def test_a_slide_in_the_form_of_a_maker_is_known_by_its_bytes(tmp_path):
+    """Aperio's: levels as pages of their own, a thumbnail between them, and the resolution in the description."""
+    image = picture(640, 768)
+    path = tmp_path / "slide.png"
+    says = "Aperio Image Library v11.2.1\r\n768x640 [0,0 768x640] (128x128) JPEG/RGB Q=90|AppMag = 40|MPP = 0.2510"
+    options = {"photometric": "rgb", "metadata": None, "compression": "jpeg"}
+    with tifffile.TiffWriter(path) as writer:
+        writer.write(image, tile=(128, 128), description=says, **options)
+        writer.write(image[::8, ::8].copy(), rowsperstrip=80, description="Aperio thumbnail", **options)
+        writer.write(image[::4, ::4].copy(), tile=(128, 128), description="Aperio level", **options)
+    with open_slide(path) as slide:
+        assert isinstance(slide, MakersSlide) and "aperio" in slide.reader and slide.um_per_px == 0.251
+        assert slide.levels == [(768, 640), (192, 160)] and slide.downsample(1) == 4
+        for level, step in ((0, 1), (1, 4)):
+            region = slide.read_region(level, 60, 20, 100, 130).astype(int)
+            assert np.abs(region - image[::step, ::step][20:150, 60:160]).mean() < 5
+        assert (slide.read_region(1, 150, 100, 60, 70)[:, 42:] == 255).all()  # beyond the edge
+
+
+def test_levels_of_any_step_are_known_and_a_label_is_none(tmp_path):
+    """Reduced by 16, which tifffile does not take for a level; the label has sides of its own."""
+    image = picture(1280, 1600)
+    options = {"tile": (128, 128), "compression": "jpeg", "photometric": "rgb"}
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        writer.write(image, subifds=1, **options)
+        writer.write(image[::16, ::16].copy(), subfiletype=1, **options)
+        writer.write(image[:200, :200].copy(), subfiletype=1, **options)
+    with open_slide(tmp_path / "a.tif") as slide:
+        assert slide.levels == [(1600, 1280), (100, 80)] and slide.level_for(20) == 1
+        assert np.abs(slide.read_region(1, 0, 0, 100, 80).astype(int) - image[::16, ::16]).mean() < 5
+
+
+def test_a_slide_in_the_form_of_hamamatsus(tmp_path):
+    """NDPI: every level one JPEG in a TIFF with the maker's tags, the macro photograph (lens -1) among the pages."""
+    image = picture(640, 768)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        for step, lens in ((1, 40.0), (4, 10.0), (8, -1.0)):
+            tags = [(65420, "I", 1, 1, True), (65421, "f", 1, lens, True)]  # format, lens
+            tags += [(number, "i", 1, 0, True) for number in (65422, 65423, 65424)]  # place on the glass, focus
+            options = {"photometric": "rgb", "compression": "jpeg", "rowsperstrip": 640 // step, "metadata": None}
+            options |= {"extratags": tags, "resolution": (40000, 40000), "resolutionunit": 3}
+            writer.write(image[::step, ::step].copy(), **options)
+    with open_slide(tmp_path / "a.tif") as slide:
+        assert isinstance(slide, MakersSlide) and "hamamatsu" in slide.reader and slide.um_per_px == 0.25
+        assert slide.levels[0] == (768, 640) and (192, 160) in slide.levels
+        for level, step in ((0, 1), (slide.levels.index((192, 160)), 4)):
+            region = slide.read_region(level, 60, 20, 100, 130).astype(int)
+            assert np.abs(region - image[::step, ::step][20:150, 60:160]).mean() < 5

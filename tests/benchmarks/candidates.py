@@ -22,7 +22,7 @@ from dasc.datasets import read_dataset
 from dasc.fields import read_field
 from dasc.nuclei import find_candidates
 
-PER_MM2 = (600, 900, 1200, 1800, 3600)
+PER_MM2 = (600, 900, 1200, 1800, 3000, 3600)
 HIT_UM = 7.5
 CLEAR_UM = 10.0  # a candidate this far from every mitosis of a mosaic is certainly another nucleus
 CROPS = 6  # a case with fewer crops makes no mosaic

@@ -20,7 +20,7 @@ import torchvision
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from dasc.detect import scan_field
+from dasc.detect import scan_field, search_device
 from dasc.fields import read_field
 from dasc.network import SearchNetwork, fold_batch_norms
 from dasc.nuclei import find_candidates
@@ -75,14 +75,14 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         tifffile.imwrite(Path(folder, "field.tiff"), image)
         say("reading the field from an uncompressed TIFF", *timed(lambda: read_field(Path(folder, "field.tiff")))[:2])
-    wall, cpu, (points, _) = timed(lambda: find_candidates(image, args.um_per_px, None))
+    wall, cpu, (points, _) = timed(lambda: find_candidates(image, args.um_per_px, None, search_device(device)))
     say("finding and ranking the candidates", wall, cpu, f", {len(points)} of them")
     for name in args.networks:
         backbone, size, stride = name.split(":")
         torch.manual_seed(0)
         network = fold_batch_norms(SearchNetwork(backbone, int(stride)).to(device, memory_format=torch.channels_last))
         config = {"patch_size": int(size), "um_per_px": 0.25, "normalise_stain": True}
-        for what, per_mm2 in (("ours", 1800), ("every candidate", 1e6))[: 2 if name == args.networks[0] else 1]:
+        for what, per_mm2 in (("ours", 3000), ("every candidate", 1e6))[: 2 if name == args.networks[0] else 1]:
             options["per_mm2"] = per_mm2
             scan_field(network, config, image[:600, :600], args.um_per_px, **options)  # warm
             scan = lambda: scan_field(network, config, image, args.um_per_px, **options)  # noqa: E731, B023
