@@ -102,11 +102,14 @@ def main(args: argparse.Namespace) -> int:
     state["correct"] = state["seen"].clone()
     if args.resume and learnable:
         state = read_state(out / "last.pt", settings)
+    pictures = {}  # of both labels, before hours of training on one
+    for label in learnable:
+        files = [manifest.parent / patch for patch in table.loc[table["label"] == label, "patch"]]
+        pictures[label] = load_patches(files, args.workers)
     for label in learnable:
         rows = torch.from_numpy(np.flatnonzero(table["label"] == label))
         levels = torch.tensor(table.loc[rows.numpy(), "level"].to_numpy())
-        pictures = load_patches([manifest.parent / patch for patch in table.loc[rows.numpy(), "patch"]], args.workers)
-        learn_levels(LABELS[label], pictures, levels, rows, state, device, args)
+        learn_levels(LABELS[label], pictures[label], levels, rows, state, device, args)
 
     seen, correct = state["seen"].numpy(), state["correct"].numpy()
     kept = validated(seen, correct, args.keep_share)

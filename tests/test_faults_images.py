@@ -1,4 +1,4 @@
-"""Broken and unusual images through stage 1 and predict.py: right pixels, or named, skipped, counted and exit status 1."""
+"""Broken and unusual images through stage 1 and predict.py: right pixels, or named, skipped, counted, status 1."""
 
 import json
 
@@ -49,7 +49,7 @@ def cut(images, tmp_path_factory):
 @pytest.fixture(scope="module")
 def predicted(small_run, images, tmp_path_factory):
     """predict.py on all of them."""
-    folder, right, _ = images
+    folder, _, _ = images
     out = tmp_path_factory.mktemp("predicted") / "out"
     flags = ["--model_path", small_run / "NS/model.pt", "--device", "cpu", "--views", 1, "--thumbnails", 1]
     done = call("predict.py", *flags, "--images", folder, "--um_per_px", 0.25, "--out", out)

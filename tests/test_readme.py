@@ -3,7 +3,7 @@
 import re
 import shlex
 
-from pipeline import LIGHT, ROOT, succeed
+from pipeline import LIGHT, ROOT, check_run_json, succeed
 
 LIGHTER = {
     "pre/make_sample.py": ["--size_px", 500, "--mitoses", 4, "--imposters", 4],
@@ -16,6 +16,9 @@ LIGHTER = {
     "DMU/hard_scl_main.py": [*LIGHT, "--epochs", 2, "--warmup", 1, "--subclasses", 2],
     "predict.py": ["--device", "cpu"],
 }
+
+RUNS = ["data/sample", "data/patches", "results/NS", "data/patches_ns", "results/DMU", "results/DMU/clus_hard"]
+RUNS += ["results/DMU_hard", "results/DMU_hard/clus_scl", "results/DMU_scl", "results/NS_searched", "results/predict"]
 
 
 def commands() -> list[str]:
@@ -42,6 +45,8 @@ def test_readme_commands_run_in_order(tmp_path, monkeypatch):
     for command in typed:
         script, *flags = shlex.split(command)
         succeed(script, *flags, *LIGHTER[script])
+    for name in RUNS:
+        check_run_json(tmp_path / name / "run.json", None if name.endswith("clus_scl") else 0)
     assert (tmp_path / "results/DMU_scl/subclasses.csv").is_file()
     for made in ("data/patches/patches.csv", "data/patches_ns/patches.csv", "results/NS_searched/model.pt"):
         assert (tmp_path / made).is_file()
