@@ -1,4 +1,4 @@
-"""What holds of every line: files appear whole, checkpoints run no code, known holes are kept out, faults have tests."""
+"""What holds of every line: files appear whole, checkpoints run no code, holes are kept out, faults have tests."""
 
 import ast
 import re
