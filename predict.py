@@ -7,10 +7,8 @@ with a dataset metrics.json and metrics_per_field.csv too.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -28,6 +26,7 @@ from dasc.report import report_entry, write_report
 from dasc.run import (
     InputError,
     WriteError,
+    file_name,
     pick_device,
     record_run,
     run_script,
@@ -117,7 +116,7 @@ def predict(
     model_sha256 = sha256(model_path)
     tables, counts, entries, skipped = [], [], [], {}
     for field in tqdm(list(fields.itertuples()), desc="images", unit="image"):
-        folder = out / quote(os.fsencode(field.image), safe=" ")
+        folder = out / file_name(field.image, safe=" ")
         try:
             with open_slide(Path(field.file)) as slide:
                 um_per_px, source = choose_resolution(

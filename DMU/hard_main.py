@@ -22,9 +22,10 @@ from dasc.augment import training_view
 from dasc.difficulty import CHECKED_COLUMNS, join_by_patch, read_hard, validated
 from dasc.figures import curves
 from dasc.manifest import LABELS, read_patches
-from dasc.network import SearchNetwork, load_backbone_weights
+from dasc.network import SearchNetwork, load_backbone_weights, read_tensors
 from dasc.patches import load_patches
 from dasc.run import InputError, pick_device, record_run, run_script, save_checkpoint, sha256, true_or_false, write_csv
+from dasc.training import batches
 
 # Edit here, or override one run with the flag of the same name.
 MANIFEST = "data/patches_ns/patches.csv"  # the patches of stage 3
@@ -101,22 +102,26 @@ def main(args: argparse.Namespace) -> int:
     state["correct"] = state["seen"].clone()
     if args.resume and learnable:
         state = read_state(out / "last.pt", settings)
+    pictures = {}  # of both labels, before hours of training on one
+    for label in learnable:
+        files = [manifest.parent / patch for patch in table.loc[table["label"] == label, "patch"]]
+        pictures[label] = load_patches(files, args.workers)
     for label in learnable:
         rows = torch.from_numpy(np.flatnonzero(table["label"] == label))
         levels = torch.tensor(table.loc[rows.numpy(), "level"].to_numpy())
-        pictures = load_patches([manifest.parent / patch for patch in table.loc[rows.numpy(), "patch"]], args.workers)
-        learn_levels(LABELS[label], pictures, levels, rows, state, device, args)
+        learn_levels(LABELS[label], pictures[label], levels, rows, state, device, args)
 
     seen, correct = state["seen"].numpy(), state["correct"].numpy()
     kept = validated(seen, correct, args.keep_share)
     table = table.assign(seen=seen, correct=correct, kept=kept.astype(int))
     write_csv(out / "checked.csv", table[list(CHECKED_COLUMNS)])
-    log = pd.DataFrame(state["log"], columns=["label", "epoch", "loss", "correct"])
+    log = pd.DataFrame(state["log"], columns=["label", "epoch", "loss", "correct", "skipped"])
     write_csv(out / "log.csv", log.round(6))
     if len(log):
         draw_log(out / "curves.png", log)
     inputs = {manifest: len(patches), hard_path: len(train)}
-    record_run(out, args, inputs=inputs, device=device, hard_patches=len(table), kept=int(kept.sum()))
+    facts = {"hard_patches": len(table), "kept": int(kept.sum()), "skipped_patches": int(log["skipped"].sum())}
+    record_run(out, args, inputs=inputs, device=device, **facts)
     for (label, level), group in table.groupby(["label", "level"]):
         print(f"{LABELS[label]}, level {level}: {group['kept'].sum()} of {len(group)} hard patches kept")
     print(f"{kept.sum()} of {len(table)} hard patches kept; wrote {out / 'checked.csv'}")
@@ -154,29 +159,33 @@ def learn_levels(
     autocast = {"device_type": device.type, "dtype": torch.bfloat16, "enabled": device.type == "cuda"}
     strengths = (args.stain, args.light, args.focus)
 
+    steps = -(-len(levels) // args.batch_size)
+    patience = max(1, min(args.nan_steps, steps))  # a short epoch is not gone through in vain
     nan_steps = 0
     for epoch in range(done, args.epochs):
         seed = args.seed * 100_003 + epoch
         generator = torch.Generator().manual_seed(seed)  # an epoch draws the same when resumed
         torch.manual_seed(seed)
         network.train()
-        total = 0.0
+        total, skipped = 0.0, 0
         draws = torch.multinomial(1 / frequency[levels], len(levels), replacement=True, generator=generator)
-        for batch in tqdm(draws.split(args.batch_size), f"{word}, epoch {epoch}", leave=False):
+        for batch in tqdm(batches(draws, args.batch_size), f"{word}, epoch {epoch}", leave=False):
             views = training_view(pictures[batch].to(device), generator, *strengths)
             with torch.autocast(**autocast):
                 loss = F.cross_entropy(network(views).float(), levels[batch].to(device))
             nan_steps = 0 if torch.isfinite(loss) else nan_steps + 1
-            if nan_steps == args.nan_steps:
+            if nan_steps == patience:
                 raise InputError(f"the loss was not finite in {nan_steps} steps in a row (epoch {epoch}); lower --lr")
             if nan_steps:
+                skipped += len(batch)
                 continue
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += loss.item() * len(batch)
 
-        row = {"label": word, "epoch": epoch, "loss": total / len(levels), "correct": float("nan")}
+        row = {"label": word, "epoch": epoch, "loss": total / (len(levels) - skipped), "correct": float("nan")}
+        row["skipped"] = skipped
         if epoch >= args.seen_after:  # every patch once, so that every share rests on as many views
             right = predict(network, pictures, generator, strengths, autocast, 2 * args.batch_size) == levels
             state["seen"][rows] += 1
@@ -197,7 +206,10 @@ def predict(network, pictures, generator, strengths, autocast, batch_size) -> to
     for batch in pictures.split(batch_size):
         views = training_view(batch.to(device), generator, *strengths)
         with torch.autocast(**autocast):
-            predicted.append(network(views).float().argmax(dim=1).cpu())
+            logits = network(views).float()
+        if not torch.isfinite(logits).all():
+            raise InputError("the network's outputs are not finite: the training has diverged; lower --lr")
+        predicted.append(logits.argmax(dim=1).cpu())
     return torch.cat(predicted)
 
 
@@ -205,11 +217,10 @@ def read_state(path: Path, settings: dict) -> dict:
     """The state of an interrupted run; refuses one of other settings or tables."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; nothing to go on from, leave out --resume")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        begun = dict(state["settings"])
-    except Exception as error:  # a broken pickle raises anything
-        raise InputError(f"{path}: not a checkpoint of this script; leave out --resume") from error
+    state = read_tensors(path)
+    if not isinstance(state, dict) or not {"settings", "log", "seen", "correct", "model", "optimizer"} <= state.keys():
+        raise InputError(f"{path}: not a checkpoint of this script; leave out --resume")
+    begun = state["settings"] if isinstance(state["settings"], dict) else {}
     for name, table in (("manifest_sha256", "--manifest"), ("hard_sha256", "--hard")):
         if begun.get(name) != settings[name]:
             raise InputError(f"{path}: was begun with another table than {table} names; leave out --resume")

@@ -55,7 +55,7 @@ from dasc.run import (
     true_or_false,
     write_csv,
 )
-from dasc.training import balanced_order, best_f1, check_val_fields, cosine, threshold_on_val
+from dasc.training import balanced_order, batches, best_f1, check_val_fields, cosine, threshold_on_val
 
 # Edit here, or override one run with the flag of the same name.
 MANIFEST = "data/patches_ns/patches.csv"  # all patches; those of val choose the best epoch
@@ -200,6 +200,7 @@ def main(args: argparse.Namespace) -> int:
         log, best, groups, spreads = (checkpoint[name] for name in ("log", "best", "groups", "spreads"))
 
     steps = -(-len(train) // args.batch_size)
+    patience = max(1, min(args.nan_steps, steps))  # a short epoch is not gone through in vain
     nan_steps = 0
     for epoch in range(len(log), args.epochs):
         generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)  # an epoch draws the same when resumed
@@ -209,9 +210,9 @@ def main(args: argparse.Namespace) -> int:
             groups = torch.from_numpy(subclasses(features, labels.numpy(), args.subclasses, args.seed))
             spreads = subclass_temperatures(torch.from_numpy(concentration(features, groups.numpy())), args.temperature)
         network.train()
-        totals = dict.fromkeys(LOSSES, 0.0)
-        batches = tqdm(balanced_order(labels, generator).split(args.batch_size), f"epoch {epoch}", leave=False)
-        for step, batch in enumerate(batches):
+        totals, skipped = dict.fromkeys(LOSSES, 0.0), 0
+        progress = tqdm(batches(balanced_order(labels, generator), args.batch_size), f"epoch {epoch}", leave=False)
+        for step, batch in enumerate(progress):
             optimizer.param_groups[0]["lr"] = args.lr * cosine((epoch + step / steps) / args.epochs)
             there, points = train_patches[batch].to(device), points_px[batch].to(device)
             views, points = located_view(there, points, generator, args.stain, args.light, args.focus)
@@ -245,9 +246,10 @@ def main(args: argparse.Namespace) -> int:
             place = localisation(cam[:, 1], points, patch_size)
             loss = classification + args.contrastive_weight * contrastive + args.localisation_weight * place
             nan_steps = 0 if torch.isfinite(loss) else nan_steps + 1
-            if nan_steps == args.nan_steps:
+            if nan_steps == patience:
                 raise InputError(f"the loss was not finite in {nan_steps} steps in a row (epoch {epoch}); lower --lr")
             if nan_steps:
+                skipped += len(batch)
                 continue
             optimizer.zero_grad()
             loss.backward()
@@ -255,12 +257,13 @@ def main(args: argparse.Namespace) -> int:
             done = epoch * steps + step  # the average forgets the first steps sooner than the later ones
             update_average(average, network, min(args.average, (1 + done) / (10 + done)))
             for name, part in zip(totals, (loss, classification, contrastive, place), strict=True):
-                totals[name] += part.item() * len(batch) / len(train)
-            batches.set_postfix(loss=f"{loss.item():.3f}", val_f1=f"{log[-1]['val_f1']:.3f}" if log else "-")
+                totals[name] += part.item() * len(batch)
+            progress.set_postfix(loss=f"{loss.item():.3f}", val_f1=f"{log[-1]['val_f1']:.3f}" if log else "-")
 
         scores = score_patches(fold_batch_norms(average), val_patches, 2 * args.batch_size)
         val_f1 = best_f1(val["label"].to_numpy(), scores.numpy())
-        log.append({"epoch": epoch, **totals, "val_f1": val_f1})
+        means = {name: total / (len(train) - skipped) for name, total in totals.items()}
+        log.append({"epoch": epoch, **means, "val_f1": val_f1, "skipped": skipped})
         if best is None or val_f1 > max(row["val_f1"] for row in log[:-1]):
             best = {name: tensor.clone() for name, tensor in average.state_dict().items()}
         state = {"model": network.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
@@ -295,6 +298,13 @@ def main(args: argparse.Namespace) -> int:
     draw_embedding(out / "embedding.png", train, features, args.levels)
     epoch = max(range(len(log)), key=lambda index: log[index]["val_f1"])
     facts = {"patches": len(train), "best_epoch": epoch, "threshold": config["threshold"]}
+    facts["skipped_patches"] = sum(row["skipped"] for row in log)  # of steps without a finite loss
+    facts["subclasses"] = {
+        word: train.loc[train["label"] == label, "subclass"].nunique() for label, word in LABELS.items()
+    }
+    for word, count in facts["subclasses"].items():
+        if count < args.subclasses:
+            print(f"{word}: {count} subclasses, not {args.subclasses}: its patches give no more different features")
     record_run(out, args, inputs={manifest: len(table), scl_path: len(train)}, device=device, **facts)
     f1 = curve["f1"].max() if len(curve) else 0.0
     print(

@@ -142,6 +142,7 @@ def main(args: argparse.Namespace) -> int:
     view_shares = torch.tensor(
         [0.5 - args.fused_share / 2, 0.5 - args.fused_share / 2, args.fused_share], device=device
     )
+    patience = max(1, min(args.nan_steps, steps))  # a short epoch is not gone through in vain
     nan_steps = 0
     network.train()
     for epoch in range(len(log), args.epochs):
@@ -164,7 +165,7 @@ def main(args: argparse.Namespace) -> int:
             losses = generalised_cross_entropy(logits.flatten(0, 1), batch_labels.repeat(len(VIEWS)), args.loss_q)
             loss = view_shares @ (losses.view(len(VIEWS), -1) * weights[batch_labels]).mean(dim=1)
             nan_steps = 0 if torch.isfinite(loss) else nan_steps + 1
-            if nan_steps == args.nan_steps:
+            if nan_steps == patience:
                 raise InputError(f"the loss was not finite in {nan_steps} steps in a row (epoch {epoch}); lower --lr")
             if nan_steps:
                 continue
@@ -179,7 +180,8 @@ def main(args: argparse.Namespace) -> int:
         memory, state = update(
             memory, labels, probabilities, features, units, epoch >= args.count_after, epoch >= args.score_after
         )
-        log.append({"epoch": epoch, "loss": total / len(train), **shares(state, labels)})
+        row = {"epoch": epoch, "loss": total, **shares(state, labels)}
+        log.append(row | {"loss": total / (len(train) - row["skipped"])})
         content = {
             "model": network.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -194,7 +196,9 @@ def main(args: argparse.Namespace) -> int:
     panels = {"loss": ["loss"], "share of the patches": list(STATES)}
     panels |= {f"share of label {word}": [f"{word}_{state}" for state in STATES] for word in LABELS.values()}
     curves(out / "curves.png", pd.DataFrame(log), panels)
-    record_run(out, args, inputs={manifest: len(table)}, device=device, patches=counts, memory=vars(units))
+    skipped = sum(row["skipped"] for row in log)  # patches of steps without a finite loss
+    facts = {"patches": counts, "memory": vars(units), "skipped_patches": skipped}
+    record_run(out, args, inputs={manifest: len(table)}, device=device, **facts)
     for label, word in LABELS.items():
         mine = labels == label
         ever = ", ".join(f"{int((getattr(memory, state)[mine] > 0).sum())} {state}" for state in STATES)

@@ -45,6 +45,7 @@ from dasc.run import (
 )
 from dasc.training import (
     balanced_order,
+    batches,
     best_f1,
     check_val_fields,
     cosine,
@@ -157,22 +158,25 @@ def main(args: argparse.Namespace) -> int:
         log, best = checkpoint["log"], checkpoint["best"]
 
     steps = -(-len(train) // args.batch_size)
+    patience = max(1, min(args.nan_steps, steps))  # a short epoch is not gone through in vain
     nan_steps = 0
     for epoch in range(len(log), args.epochs):
         generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)  # an epoch draws the same when resumed
         torch.manual_seed(args.seed * 100_003 + epoch)
         network.train()
-        total = 0.0
-        batches = tqdm(balanced_order(train_labels, generator).split(args.batch_size), f"epoch {epoch}", leave=False)
-        for step, batch in enumerate(batches):
+        total, skipped = 0.0, 0
+        order = batches(balanced_order(train_labels, generator), args.batch_size)
+        progress = tqdm(order, f"epoch {epoch}", leave=False)
+        for step, batch in enumerate(progress):
             optimizer.param_groups[0]["lr"] = args.lr * cosine((epoch + step / steps) / args.epochs)
             views = training_view(train_patches[batch].to(device), generator, args.stain, args.light, args.focus)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss = F.cross_entropy(network(views).float(), train_labels[batch].to(device))
             nan_steps = 0 if torch.isfinite(loss) else nan_steps + 1
-            if nan_steps == args.nan_steps:
+            if nan_steps == patience:
                 raise InputError(f"the loss was not finite in {nan_steps} steps in a row (epoch {epoch}); lower --lr")
             if nan_steps:
+                skipped += len(batch)
                 continue
             optimizer.zero_grad()
             loss.backward()
@@ -180,11 +184,11 @@ def main(args: argparse.Namespace) -> int:
             done = epoch * steps + step  # the average forgets the first steps sooner than the later ones
             update_average(average, network, min(args.average, (1 + done) / (10 + done)))
             total += loss.item() * len(batch)
-            batches.set_postfix(loss=f"{loss.item():.3f}", val_f1=f"{log[-1]['val_f1']:.3f}" if log else "-")
+            progress.set_postfix(loss=f"{loss.item():.3f}", val_f1=f"{log[-1]['val_f1']:.3f}" if log else "-")
 
         scores = score_patches(fold_batch_norms(average), val_patches, 2 * args.batch_size)
         val_f1 = best_f1(val["label"].to_numpy(), scores.numpy())
-        log.append({"epoch": epoch, "loss": total / len(train), "val_f1": val_f1})
+        log.append({"epoch": epoch, "loss": total / (len(train) - skipped), "val_f1": val_f1, "skipped": skipped})
         if best is None or val_f1 > max(row["val_f1"] for row in log[:-1]):
             best = {name: tensor.clone() for name, tensor in average.state_dict().items()}
         state = {"model": network.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
@@ -219,7 +223,8 @@ def main(args: argparse.Namespace) -> int:
     curves(out / "curves.png", pd.DataFrame(log), {"cross entropy": ["loss"], "F1 of the val patches": ["val_f1"]})
     precision_recall(out / "val_curve.png", curve, config["threshold"])
     epoch = max(range(len(log)), key=lambda index: log[index]["val_f1"])
-    facts = {"best_epoch": epoch, "threshold": config["threshold"]}
+    skipped = sum(row["skipped"] for row in log)  # patches of steps without a finite loss
+    facts = {"best_epoch": epoch, "threshold": config["threshold"], "skipped_patches": skipped}
     record_run(out, args, inputs={manifest: len(table)}, device=device, **facts)
     f1 = curve["f1"].max() if len(curve) else 0.0
     judged = "fields" if cut_fields else "patches"

@@ -8,7 +8,7 @@ import pandas as pd
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
-from dasc.manifest import LABELS, read_table
+from dasc.manifest import LABELS, check_once, read_table
 from dasc.run import InputError
 
 VERDICTS = ("clean", "hard", "noisy", "dropped")
@@ -127,9 +127,7 @@ def read_samples(path: Path, columns: dict[str, type], made_by: str) -> pd.DataF
         InputError: as `manifest.read_table`; a patch twice, an unknown label, an empty cell where a number belongs.
     """
     table = read_table(path, columns, made_by)
-    twice = table["patch"][table["patch"].duplicated()]
-    if len(twice):
-        raise InputError(f"{path}: patch {twice.iloc[0]} stands in it twice")
+    check_once(table["patch"], path)
     strange = table["label"][~table["label"].isin(list(LABELS))]
     if len(strange):
         raise InputError(f"{path}: label {strange.iloc[0]}, expected one of {', '.join(map(str, LABELS))}")

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from dasc.run import InputError, write_csv, write_json
+from dasc.run import InputError, spelt_out, write_csv, write_json
 
 COLUMNS = ["image", "x_px", "y_px", "x_um", "y_um", "probability", "mitosis"]
-FORMULA_STARTS = ("=", "+", "-", "@", "\t")  # a spreadsheet runs a cell that begins with one of these
 SMALLEST_MM, LARGEST_MM = -0.0075, 10  # the range of points grand-challenge's evaluator accepts
 MITOTIC = {"name": "Mitotic figure", "color": [200, 0, 0]}
 NON_MITOTIC = {"name": "Non-mitotic figure", "color": [60, 90, 200]}
@@ -18,14 +17,12 @@ def write_detections(path: Path, table: pd.DataFrame) -> None:
     """Write detections.csv: image, x_px, y_px, x_um, y_um, probability, mitosis (1 or 0).
 
     table has these columns; x_um and y_um are NaN, or absent, where um/px is unknown, and stay empty.
-    Coordinates are rounded to 3 decimals, probabilities to 6. An image name that a spreadsheet would run as
-    a formula gets a single quote before it. Raises InputError where the file cannot be written.
+    Coordinates are rounded to 3 decimals, probabilities to 6. Raises InputError where the file cannot be written.
     """
     missing = set(COLUMNS) - set(table) - {"x_um", "y_um"}
     if missing:
         raise InputError(f"{path}: detections without {sorted(missing)}, expected {COLUMNS}")
     table = table.reindex(columns=COLUMNS)
-    table["image"] = [_cell(str(name)) for name in table["image"]]
     table["mitosis"] = table["mitosis"].astype(int)
     write_csv(path, table.round({name: 6 if name == "probability" else 3 for name in COLUMNS[1:-1]}))
 
@@ -33,7 +30,7 @@ def write_detections(path: Path, table: pd.DataFrame) -> None:
 def write_counts(path: Path, table: pd.DataFrame) -> None:
     """Write counts.csv: a row per image, names as in detections.csv, numbers rounded to 3 decimals, areas to 6."""
     decimals = {name: 6 if name.endswith("_mm2") and "per" not in name else 3 for name in table if name != "um_per_px"}
-    write_csv(path, table.assign(image=[_cell(str(name)) for name in table["image"]]).round(decimals))
+    write_csv(path, table.round(decimals))
 
 
 def write_mitotic_figures(
@@ -81,19 +78,9 @@ def write_geojson(path: Path, detections: pd.DataFrame, origin_px: tuple[int, in
         features.append(
             {
                 "type": "Feature",
-                "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{_encodable(str(image))}#{place[0]},{place[1]}")),
+                "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{spelt_out(str(image))}#{place[0]},{place[1]}")),
                 "geometry": {"type": "Point", "coordinates": place},
                 "properties": properties,
             }
         )
     write_json(path, {"type": "FeatureCollection", "features": features})
-
-
-def _cell(text: str) -> str:
-    text = _encodable(text).replace("\r", "\\r")  # the writer does not quote it, and readers end the row there
-    return "'" + text if text.startswith(FORMULA_STARTS) else text
-
-
-def _encodable(text: str) -> str:
-    """Spell out the bytes of a file name that are not UTF-8, which no text file can hold."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -22,6 +22,16 @@ SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".sv
 
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 APERIO_YCBCR_JPEG2000 = 33003  # tifffile hands its pixels out as YCbCr
+JPEG_FRAMES = [bytes([0xC0 + kind]) for kind in range(16) if kind not in (4, 8, 12)]  # markers before a JPEG's size
+
+STREAMS = (
+    7,
+    33003,
+    33005,
+    34712,
+)  # compressions whose strips and tiles are JPEG, or JPEG2000, with headers of their own
+JPEG2000 = b"\xff\x4f\xff\x51"  # its first two markers
+END_MARKER = b"\xff\xd9"  # of JPEG and JPEG2000; in neither does it occur in what is coded
 
 logger = logging.getLogger(__name__)
 Image.MAX_IMAGE_PIXELS = None  # one limit for every format: MAX_PIXELS, checked below before decoding
@@ -150,7 +160,7 @@ def _read_picture(file: BinaryIO, kind: str, path: Path) -> np.ndarray:
             file.seek(0)
             data = file.read()
             if kind == "jpeg":
-                _check_jpeg_end(data)
+                _check_jpeg(data)
                 if image.mode == "RGB":  # the same pixels as Pillow's in half the time
                     return imagecodecs.jpeg8_decode(data)
             elif data[24] == 16:  # bit depth; Pillow would drop the low byte
@@ -160,16 +170,23 @@ def _read_picture(file: BinaryIO, kind: str, path: Path) -> np.ndarray:
         return np.array(image.convert("RGB"))
 
 
-def _check_jpeg_end(data: bytes) -> None:
-    """Raise when no end marker follows the first scan: decoders fill what is missing with gray and say nothing."""
-    place = 2
+def _check_jpeg(data: bytes) -> tuple[int, int]:
+    """Return width and height (0, 0 where it states none) of a JPEG.
+
+    Raises ValueError when no end marker follows the first scan: decoders fill what is missing with gray and say
+    nothing.
+    """
+    place, width, height = 2, 0, 0
     while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"\xda":
         if data[place + 1 : place + 2] == b"\xff":
             place += 1
-        else:
-            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    if data.find(b"\xff\xd9", place) < 0:
+            continue
+        if data[place + 1 : place + 2] in JPEG_FRAMES:
+            height, width = (int.from_bytes(data[place + at : place + at + 2], "big") for at in (5, 7))
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    if data.find(END_MARKER, place) < 0:
         raise ValueError("truncated JPEG: its end is missing; copy or download it again")
+    return width, height
 
 
 def full_page(tif: tifffile.TiffFile) -> tifffile.TiffPage:
@@ -189,6 +206,9 @@ def _read_tiff(file: BinaryIO, path: Path) -> np.ndarray:
         check_size(width, height)
         photometric = check_colours(page)
         check_segments(page, tif.filehandle.size)
+        for offset, size in zip(page.dataoffsets, page.databytecounts, strict=True):
+            tif.filehandle.seek(offset)
+            check_segment(page, tif.filehandle.read(size if page.compression in STREAMS else 0))
         image = page.asarray().reshape(page.shaped)[:, 0]
         image = np.moveaxis(image[..., 0], 0, -1) if planes > 1 else image[0]
         if photometric == tifffile.PHOTOMETRIC.PALETTE:
@@ -224,6 +244,22 @@ def check_segments(page: tifffile.TiffPage, file_size: int) -> None:
         if not page.is_tiled or page.dtype != np.uint8:
             raise ValueError("incomplete TIFF: some strips were never written; save or download it again")
         page.nodata = 255
+
+
+def check_segment(page: tifffile.TiffPage, data: bytes) -> None:
+    """Raise where the JPEG or JPEG2000 of a strip or tile ends too early, or would unpack to more than its place."""
+    if page.compression not in STREAMS or not data:
+        return
+    size = 0, 0
+    if page.compression == tifffile.COMPRESSION.JPEG:
+        size = _check_jpeg(data)
+    elif data.startswith(JPEG2000):
+        size = tuple(int.from_bytes(data[at : at + 4], "big") for at in (8, 12))
+        if END_MARKER not in data:
+            raise ValueError("truncated JPEG2000: its end is missing; copy or download it again")
+    height, width = (page.tilelength, page.tilewidth) if page.is_tiled else page.shaped[2:4]
+    if size[0] > width or size[1] > height:
+        raise ValueError(f"a strip or tile of {size[0]} x {size[1]} px, expected at most {width} x {height}")
 
 
 def _stated_um_per_px(page: tifffile.TiffPage) -> float | None:
@@ -273,6 +309,8 @@ def choose_resolution(
     path: Path, override: float, stated: float, read: Callable[[], float | None]
 ) -> tuple[float, str]:
     """As `resolution`, with what the file states read by another reader than read_um_per_px."""
+    if not override >= 0:
+        raise InputError(f"--um_per_px {override}: expected 0.1 to 2.0, or 0 for what the file states")
     if override > 0:
         return override, "flag"
     if stated > 0:

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dasc.metrics import match_field
-from dasc.run import replacing
+from dasc.run import replacing, spelt_out
 
 TRUE, FALSE, MISSED = (0, 210, 0), (255, 220, 0), (40, 120, 255)  # RGB: green, yellow, blue
 DETECTION = (0, 220, 220)  # cyan, where no annotation says whether it is right
@@ -153,7 +153,7 @@ def _save(path: Path, figure: Figure) -> None:
 
 def _literal(text: str) -> str:
     """Show a name as it is spelt: a `$` starts no formula, a byte that is no UTF-8 is spelt out."""
-    return str(text).encode("utf-8", "backslashreplace").decode("utf-8").replace("$", r"\$")
+    return spelt_out(str(text)).replace("$", r"\$")
 
 
 def _text_size(text: str, field_px: int) -> tuple[int, int, float, int]:

@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
-from dasc.run import InputError
+from dasc.run import InputError, from_cell
 
 LABELS = {0: "negative", 1: "mitosis"}
 SPLITS = ("train", "val", "test")
@@ -33,7 +33,7 @@ MOST = 2**53  # whole numbers beyond this are not read exactly
 
 
 def read_table(path: Path, columns: dict[str, type], made_by: str) -> pd.DataFrame:
-    """Read a CSV that a stage wrote; text stays text (a case `041` or `NA` too).
+    """Read a CSV that a stage wrote; text stays text (a case `041` or `NA` too), as it was before `run.cell`.
 
     Args:
         columns: the columns it must have, with their types.
@@ -62,6 +62,7 @@ def read_table(path: Path, columns: dict[str, type], made_by: str) -> pd.DataFra
         raise InputError(f"{path}: column {', '.join(absent)} is missing; found {', '.join(table.columns)}")
     for column, kind in columns.items():
         if kind is str:
+            table[column] = table[column].map(from_cell)
             continue
         numbers = pd.to_numeric(table[column], errors="coerce").astype(float)
         wrong = ~np.isfinite(numbers) & ((table[column] != "") | (kind is int))
@@ -82,9 +83,7 @@ def read_patches(path: Path) -> pd.DataFrame:
         InputError: as `read_table`; a patch twice, a path that leaves the folder, an unknown label or split.
     """
     table = read_table(path, PATCHES, "python pre/cut_patch_2.py")
-    twice = table["patch"][table["patch"].duplicated()]
-    if len(twice):
-        raise InputError(f"{path}: patch {twice.iloc[0]} stands in it twice")
+    check_once(table["patch"], path)
     for patch in table["patch"]:
         inside(patch, path)
     for column, known in (("label", LABELS), ("split", SPLITS)):
@@ -94,6 +93,14 @@ def read_patches(path: Path) -> pd.DataFrame:
     return table
 
 
+def check_once(names: pd.Series, path: Path) -> None:
+    """Raise InputError, with both rows, where a name stands twice in a column of the table at `path`."""
+    twice = names[names.duplicated()]
+    if len(twice):
+        rows = " and ".join(str(row + 2) for row in np.flatnonzero(names == twice.iloc[0])[:2])
+        raise InputError(f"{path}, rows {rows}: {names.name} {twice.iloc[0]} stands in it twice; remove one")
+
+
 def inside(path_text: str, manifest: Path) -> str:
     """Return a path of a manifest unchanged where it stays in the manifest's folder.
 
@@ -101,13 +108,8 @@ def inside(path_text: str, manifest: Path) -> str:
         InputError: an absolute path or one with `..`.
     """
     path = PurePosixPath(path_text)
-    if (
-        not path_text
-        or path.is_absolute()
-        or ".." in path.parts
-        or set("\\\0") & set(path_text)
-        or ":" in path.parts[0]
-    ):
+    leaves = path.is_absolute() or ".." in path.parts or any(sign in path_text for sign in "\\\0")
+    if not path.parts or leaves or ":" in path.parts[0]:
         raise InputError(f"{manifest}: path {path_text!r} leaves the folder; expected one relative to it")
     return path_text
 
@@ -119,12 +121,14 @@ def read_cut_fields(folder: Path, data_root: str = "") -> tuple[Path, pd.DataFra
         data_root: dataset folder that holds the images; empty means where it lay at stage 1.
 
     Raises:
-        InputError: as `read_table`; patches that come from no fields.
+        InputError: as `read_table`; patches that come from no fields; a field's path that leaves the dataset.
     """
     if read_cut_run(folder)["data_root"] is None:
         raise InputError(f"{folder}: these patches come from no fields, and this script needs fields")
     made_by = "python pre/cut_patch_2.py"
     fields = read_table(folder / "fields.csv", FIELDS, made_by)
+    for path in fields["path"]:
+        inside(path, folder / "fields.csv")
     annotations = read_table(folder / "annotations.csv", ANNOTATIONS, made_by)
     return Path(data_root or read_cut_run(folder)["data_root"]), fields, annotations
 

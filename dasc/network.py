@@ -80,7 +80,7 @@ def load_backbone_weights(network: SearchNetwork, path: Path) -> None:
     Raises:
         InputError: unreadable file, or weights of another backbone: every tensor the backbone has must be there.
     """
-    weights = _read_tensors(path)
+    weights = read_tensors(path)
     weights = weights.get("model", weights) if isinstance(weights, dict) else {}
     wanted = network.backbone.state_dict()
     absent = [
@@ -141,6 +141,8 @@ def load_network(path: Path, device: torch.device) -> tuple[SearchNetwork, dict[
     """
     checkpoint = read_checkpoint(path)
     config = checkpoint["config"]
+    if config.get("network") == "dual":
+        raise InputError(f"{path}: holds the dual network of stage 4; expected a model of stage 2 (NS) or 8 (DMU_scl)")
     network = build_network(config)
     try:
         network.load_state_dict(checkpoint["model"])
@@ -157,23 +159,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         InputError: as `load_network`.
     """
-    checkpoint = _read_tensors(path)
-    if (
-        not isinstance(checkpoint, dict)
-        or not {"model", "config"} <= checkpoint.keys()
-        or not isinstance(checkpoint["config"], dict)
-    ):
+    checkpoint = read_tensors(path)
+    config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
+    if not isinstance(config, dict) or "model" not in checkpoint:
         raise InputError(f"{path}: not a checkpoint of this project (expected model and config in it)")
     wanted = ("backbone", "stride", "patch_size", "um_per_px", "normalise_stain", "threshold", "classes")
-    absent = [key for key in wanted if key not in checkpoint["config"]]
+    absent = [key for key in wanted if key not in config]
     if absent:
         raise InputError(f"{path}: its config lacks {', '.join(absent)}; train it again")
-    classes = checkpoint["config"]["classes"]
-    if not isinstance(classes, list) or classes != list(CLASSES):
-        raise InputError(f"{path}: its classes are {str(classes)[:60]!r}, expected {list(CLASSES)}")
-    strange = [key for key, value in checkpoint["config"].items() if not _is_sound(key, value)]
+    if config["classes"] != list(CLASSES):
+        raise InputError(f"{path}: its classes are {str(config['classes'])[:60]}, expected {list(CLASSES)}")
+    strange = [key for key, value in config.items() if not _is_sound(key, value)]
     if strange:
-        value = str(checkpoint["config"][strange[0]])[:60]
+        value = str(config[strange[0]])[:60]
         raise InputError(f"{path}: its config has {strange[0]} {value!r}; train it again")
     return checkpoint
 
@@ -201,9 +199,9 @@ def _is_sound(key: str, value: Any) -> bool:
 
 
 def check_same_run(path: Path, checkpoint: dict[str, Any], settings: dict[str, Any], config: dict[str, Any]) -> None:
-    """Raise InputError where the checkpoint to resume from is none, or was begun with other settings or patches."""
-    if not {"settings", "optimizer", "log"} <= checkpoint.keys():
-        raise InputError(f"{path}: holds a network but not the state of its training; leave out --resume")
+    """Raise InputError where the checkpoint is none to resume from, or was begun with other settings or patches."""
+    if not {"settings", "optimizer", "log"} <= checkpoint.keys() or "manifest_sha256" not in checkpoint["config"]:
+        raise InputError(f"{path}: a model, expected the last.pt of an interrupted training; leave out --resume")
     if checkpoint["config"]["manifest_sha256"] != config["manifest_sha256"]:
         raise InputError(f"{path}: was trained on another manifest than {settings['manifest']}; leave out --resume")
     for name, value in settings.items():
@@ -211,7 +209,8 @@ def check_same_run(path: Path, checkpoint: dict[str, Any], settings: dict[str, A
             raise InputError(f"{path}: was begun with --{name} {checkpoint['settings'].get(name)}, not {value}")
 
 
-def _read_tensors(path: Path) -> Any:
+def read_tensors(path: Path) -> Any:
+    """Read tensors and plain types that torch saved, onto the CPU; InputError where a file holds anything else."""
     path = Path(path)
     if not path.is_file():
         raise InputError(
@@ -220,6 +219,6 @@ def _read_tensors(path: Path) -> Any:
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken pickle raises anything
+    except Exception as error:  # a broken file makes the unpickler raise anything
         reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a readable checkpoint, or one that would run code ({reason})") from error

@@ -1,6 +1,7 @@
 """A weakly labelled pool: which patches it has, and their features, computed once and kept on disk."""
 
 import hashlib
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from dasc.detect import embed_patches
 from dasc.duplicates import THUMBNAIL_PX, thumbnail
 from dasc.fields import find_images
-from dasc.manifest import PATCHES, inside, read_table
+from dasc.manifest import PATCHES, check_once, inside, read_table
 from dasc.named import FORM, read_square, slide_of
 from dasc.network import SearchNetwork
 from dasc.run import InputError
@@ -45,11 +46,9 @@ def read_pool(path: Path, unknown_slides: bool) -> tuple[Path, pd.DataFrame]:
         table = read_table(path, POOL, "python pre/cut_patch_2.py")
         columns = pd.read_csv(path, nrows=0, encoding="utf-8").columns
         table = read_table(path, {name: kind for name, kind in PATCHES.items() if name in columns}, "")
+        check_once(table["patch"], path)
         if "label" in table:
             table = table[table["label"] == 0].reset_index(drop=True)
-        twice = table["patch"][table["patch"].duplicated()]
-        if len(twice):
-            raise InputError(f"{path}: patch {twice.iloc[0]} stands in it twice")
         for patch in table["patch"]:
             inside(patch, path)
     if table.empty:
@@ -115,6 +114,7 @@ class PoolFeatures:
                 file.write(records.tobytes())
                 file.flush()
                 progress.update(len(part))
+            os.fsync(file.fileno())
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Features (stop - start, C) of the records from start to stop."""

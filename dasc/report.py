@@ -11,7 +11,7 @@ import pandas as pd
 
 from dasc.figures import DETECTION
 from dasc.hotspot import WINDOW_MM2, Hotspot
-from dasc.run import write_text
+from dasc.run import spelt_out, write_text
 from dasc.slides import Slide
 
 PICTURE_PX = 800  # longest side of the heat map and of the hotspot's picture
@@ -73,7 +73,7 @@ def write_report(
         settings=settings,
         window_mm2=f"{WINDOW_MM2:g}",
     )
-    write_text(path, page.encode("utf-8", "backslashreplace").decode("utf-8"))
+    write_text(path, spelt_out(page))
 
 
 def draw_heat_map(

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 import torch
@@ -22,7 +24,7 @@ from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[1]
 STARTED = time.time()
-PACKAGES = (
+PACKAGES = (  # whatever reads pixels, computes or draws
     "torch",
     "torchvision",
     "timm",
@@ -32,7 +34,14 @@ PACKAGES = (
     "pandas",
     "opencv-python-headless",
     "Pillow",
+    "tifffile",
+    "imagecodecs",
+    "openslide-python",
+    "openslide-bin",
+    "matplotlib",
 )
+FORMULA_STARTS = ("=", "+", "-", "@", "\t")  # a spreadsheet runs a cell that begins with one of these
+LONGEST_NAME = 200  # characters of a file's name that we make; file systems take 255 bytes
 
 
 class InputError(Exception):
@@ -51,11 +60,18 @@ def run_script(
     `main` returns None or 0 when all went well and 1 when something was skipped. No other run can write to the folder
     `out` (None: args.out) meanwhile.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # a name that is not UTF-8 is printed spelt out, as on standard error
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with only_run(Path(out or args.out)):
             status = main(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        status = 1
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        advice = "lower --batch_size, free the device's memory, or take --device cpu"
+        print(f"error: the device's memory is full ({reason}); {advice}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -85,6 +101,15 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system refuses within the block (a full disk, a read-only folder) into a WriteError for `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its place when the block ends without an error.
 
@@ -94,14 +119,13 @@ def replacing(path: Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("r+b") as file:  # Windows syncs only what is open for writing
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise WriteError(f"{path}: cannot be written ({error.strerror or error})") from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with temporary.open("r+b") as file:  # Windows syncs only what is open for writing
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -140,7 +164,7 @@ def only_run(out: Path) -> Iterator[None]:
     except OSError as error:
         raise WriteError(f"{out}: cannot be written ({error.strerror or error})") from error
     try:
-        with contextlib.suppress(OSError):  # Windows lets nobody write to a locked file
+        with contextlib.suppress(OSError):  # a full disk; Windows lets nobody write to a locked file
             path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
         yield
     finally:
@@ -176,13 +200,12 @@ def replacing_folder(out: Path, mark: str) -> Iterator[Path]:
     check_replaceable(out, mark)
     partial = out.with_name(f".{out.name}.tmp")
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        yield partial
-        put_in_place(partial, out)
-    except OSError as error:
-        raise WriteError(f"{out}: cannot be written ({error})") from error
+        with writing(out):
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+            yield partial
+            put_in_place(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -208,20 +231,56 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, spelt_out(json.dumps(content, indent=1, ensure_ascii=False)) + "\n")
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """Write `table` without its index; the same table gives the same bytes on every system."""
+    """Write `table` without its index, texts as `cell`; the same table gives the same bytes on every system."""
+    table = table.copy()
+    for name in table.columns[[not pd.api.types.is_numeric_dtype(kind) for kind in table.dtypes]]:
+        cells = [cell(value) if isinstance(value, str) else value for value in table[name]]
+        table[name] = pd.Series(cells, table.index, dtype=object)
     write_text(path, table.to_csv(index=False, lineterminator="\n"))
+
+
+def cell(text: str) -> str:
+    """A text as it stands in our CSVs: no spreadsheet runs it, every row is one line's end, every byte is UTF-8.
+
+    A formula gets a single quote before it, as does what looks like a quoted one, so that `from_cell` is its inverse.
+    """
+    text = spelt_out(text).replace("\r", "\\r")  # the writer does not quote it, and readers end the row there
+    return "'" + text if text.lstrip("'").startswith(FORMULA_STARTS) else text
+
+
+def from_cell(text: str) -> str:
+    """The text that `cell` wrote, so that names of cases and images are the same in every stage."""
+    if text.startswith("'") and text.lstrip("'").startswith(FORMULA_STARTS):
+        text = text[1:]
+    return re.sub(r"\\udc([89a-f][0-9a-f])", lambda byte: chr(0xDC00 + int(byte[1], 16)), text)
+
+
+def spelt_out(text: str) -> str:
+    """The text with those bytes of a file's name that are not UTF-8 spelt out, which is how JSON escapes them too."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def file_name(text: str, safe: str = "") -> str:
+    """A name for a file or folder that is made of a text from outside: one part of a path, on every system.
+
+    Other texts have other names. safe: characters that stay beside letters, digits and `_.-~`.
+    """
+    name = quote(text.encode("utf-8", "surrogatepass"), safe=safe)
+    if len(name) > LONGEST_NAME:
+        name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+    return name if name.strip(".") else name.replace(".", "%2E")
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Save tensors and plain types, so that the file loads with `weights_only=True`; same content, same bytes."""
-    content = io.BytesIO()  # given a path, torch writes its name into the file, and a full disk is a RuntimeError
-    torch.save(checkpoint, content)
+    buffer = io.BytesIO()  # given a path, torch writes its name into the file, and on a full disk hides why it failed
+    torch.save(checkpoint, buffer)
     with replacing(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def sha256(path: Path) -> str:

@@ -16,6 +16,7 @@ import tifffile
 from dasc.fields import (
     UM_PER_PX_RANGE,
     check_colours,
+    check_segment,
     check_segments,
     full_page,
     image_kind,
@@ -183,6 +184,7 @@ class TiffSlide(Slide):
             data = self._tif.filehandle.read(size)
         if len(data) < size:
             raise ValueError("the file ends too early")
+        check_segment(page, data)
         segment, _, shape = page.decode(data, index, jpegtables=page.jpegtables, jpegheader=page.jpegheader)
         return segment[0, : shape[1], : shape[2]]
 

@@ -31,13 +31,27 @@ def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
     return both[torch.randperm(len(both), generator=generator)]
 
 
+def batches(order: Tensor, batch_size: int) -> list[Tensor]:
+    """An epoch's order in batches; a last one of a single patch, which batch norm cannot take, joins its neighbour."""
+    parts = list(order.split(batch_size))
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
+
+
 def cosine(progress: float) -> float:
     """Falls from 1 to 0 as progress goes from 0 to 1."""
     return 0.5 * (1 + float(torch.cos(torch.tensor(progress * torch.pi))))
 
 
 def best_f1(labels: np.ndarray, scores: np.ndarray) -> float:
-    """F1 at the best threshold for these patches: labels (N,) 0 or 1, scores (N,)."""
+    """F1 at the best threshold for these patches: labels (N,) 0 or 1, scores (N,).
+
+    Raises:
+        InputError: scores that are not finite, as those of a network whose last step went too far.
+    """
+    if not np.isfinite(scores).all():
+        raise InputError("the network's probabilities on val are not finite: the training has diverged; lower --lr")
     precision, recall, _ = precision_recall_curve(labels, scores)
     return float((2 * precision * recall / (precision + recall).clip(min=1e-12)).max())
 

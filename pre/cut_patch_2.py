@@ -15,7 +15,6 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -33,7 +32,9 @@ from dasc.nuclei import find_candidates
 from dasc.patches import PatchCutter, write_patch
 from dasc.run import (
     InputError,
+    WriteError,
     check_replaceable,
+    file_name,
     pick_device,
     put_in_place,
     record_run,
@@ -42,6 +43,7 @@ from dasc.run import (
     true_or_false,
     write_csv,
     write_json,
+    writing,
 )
 from dasc.splits import parse_cases
 from dasc.stain import normalise_stain
@@ -137,6 +139,8 @@ def main(args: argparse.Namespace) -> int:
     def cut(field) -> None:
         try:
             cut_field(field, annotations.get(field.image, none), dataset.root, partial, args, network, turn)
+        except WriteError:  # a full disk: every field after this one would fail too
+            raise
         except InputError as error:
             skipped[field.image] = str(error)
             tqdm.write(f"skipped {field.image}: {error}", file=sys.stderr)
@@ -178,16 +182,18 @@ def start(out: Path, args: argparse.Namespace, dataset: Dataset) -> Path:
     check_replaceable(out, "patches.csv")
     partial = out.with_name(out.name + ".partial")
     settings = {key: str(value) for key, value in vars(args).items() if key not in ("resume", "workers")}
-    tables = dataset.fields.to_csv(index=False) + dataset.annotations.to_csv(index=False)
-    settings["annotations"] = hashlib.sha256(tables.encode("utf-8", "surrogateescape")).hexdigest()
+    tables = repr([table.to_dict("records") for table in (dataset.fields, dataset.annotations)])
+    settings["annotations"] = hashlib.sha256(tables.encode()).hexdigest()
     settings["model"] = sha256(Path(args.model_path)) if args.fp_mdoel else None
     note = partial / "settings.json"
-    if args.resume and note.is_file():
+    going_on = args.resume and note.is_file()
+    if going_on:
         check_settings(note, settings)
-    elif partial.exists():  # without a note nobody knows what its patches are
-        shutil.rmtree(partial)
-    for folder in ("fields", *(f"{split}/{label}" for split in SPLITS for label in LABELS.values())):
-        (partial / folder).mkdir(parents=True, exist_ok=True)
+    with writing(partial):
+        if partial.exists() and not going_on:  # without a note nobody knows what its patches are
+            shutil.rmtree(partial)
+        for folder in ("fields", *(f"{split}/{label}" for split in SPLITS for label in LABELS.values())):
+            (partial / folder).mkdir(parents=True, exist_ok=True)
     write_json(note, settings)
     return partial
 
@@ -221,19 +227,19 @@ NO_POINT = np.full(2, np.nan)
 
 def cut_field(field, annotations: pd.DataFrame, root: Path, partial: Path, args, network, turn) -> None:
     """Cut one field into `partial`; its record is written last and stands for a whole field."""
-    record = partial / "fields" / f"{quote(field.image, safe='')}.json"
+    record = partial / "fields" / f"{file_name(field.image)}.json"
     if record.is_file():
         return
     path = root / field.path
     image = read_field(path)
-    um_per_px, _ = resolution(path, args.um_per_px, field.um_per_px)
+    um_per_px, source = resolution(path, args.um_per_px, field.um_per_px)
     annotations, outside = drop_outside(annotations, image.shape[1], image.shape[0])
     if outside:
         tqdm.write(f"{field.image}: {outside} annotations outside the field dropped", file=sys.stderr)
     mitoses = annotations.loc[annotations["label"] == 1, ["x_px", "y_px"]].to_numpy(float)
     look_alikes = annotations.loc[annotations["label"] == 0, ["x_px", "y_px"]].to_numpy(float)
     look_alikes = look_alikes if args.hard_negatives else look_alikes[:0]
-    rng = np.random.default_rng([args.seed, zlib.crc32(field.image.encode())])
+    rng = np.random.default_rng([args.seed, zlib.crc32(field.image.encode("utf-8", "surrogatepass"))])
     shown = normalise_stain(image) if args.normalise_stain else image
     cutter = PatchCutter(shown, um_per_px, args.patch_um_per_px, args.patch_size)
 
@@ -258,6 +264,7 @@ def cut_field(field, annotations: pd.DataFrame, root: Path, partial: Path, args,
     rows = [write_cut(cut, number, field, partial) for number, cut in enumerate(cuts)]
     content = {
         "um_per_px": um_per_px,
+        "um_per_px_source": source,
         "annotations": annotations[list(ANNOTATIONS)].to_dict("records"),
         "outside": outside,
         "patches": rows,
@@ -293,7 +300,7 @@ def away_from(points_px: np.ndarray, others_px: np.ndarray, radius_px: float) ->
 
 def write_cut(cut: Cut, number: int, field, partial: Path) -> dict:
     """Write one patch; its row of patches.csv."""
-    name = f"{field.split}/{LABELS[cut.label]}/{quote(field.image, safe='')}_{number:05d}_{cut.origin}.png"
+    name = f"{field.split}/{LABELS[cut.label]}/{file_name(field.image)}_{number:05d}_{cut.origin}.png"
     write_patch(partial / name, cut.patch)
     (x, y), (point_x, point_y) = np.round(cut.centre, 2), np.round(cut.point, 2)
     score = round(float(cut.score), 6)
@@ -305,16 +312,14 @@ def write_cut(cut: Cut, number: int, field, partial: Path) -> dict:
 def finish(out: Path, partial: Path, fields: pd.DataFrame, root: Path, skipped: dict, args, device) -> None:
     """Write the tables and put the folder in its place."""
     records = [
-        json.loads((partial / "fields" / f"{quote(image, safe='')}.json").read_text(encoding="utf-8"))
+        json.loads((partial / "fields" / f"{file_name(image)}.json").read_text(encoding="utf-8"))
         for image in fields["image"]
     ]
     patches = pd.DataFrame([row for record in records for row in record["patches"]], columns=list(PATCHES))
     annotations = [row for record in records for row in record["annotations"]]
     write_csv(partial / "patches.csv", patches)
-    write_csv(
-        partial / "fields.csv",
-        fields[list(FIELDS)].assign(um_per_px=[record["um_per_px"] for record in records]),
-    )
+    resolutions = {name: [record[name] for record in records] for name in ("um_per_px", "um_per_px_source")}
+    write_csv(partial / "fields.csv", fields[list(FIELDS)].assign(**resolutions))
     write_csv(partial / "annotations.csv", pd.DataFrame(annotations, columns=list(ANNOTATIONS)))
     counts = patches.groupby(["split", "label", "origin"]).size()
     outside = {image: record["outside"] for image, record in zip(fields["image"], records, strict=True)}
@@ -329,9 +334,10 @@ def finish(out: Path, partial: Path, fields: pd.DataFrame, root: Path, skipped: 
         skipped=skipped,
         annotations_outside={image: count for image, count in outside.items() if count},
     )
-    shutil.rmtree(partial / "fields")
-    (partial / "settings.json").unlink()
-    put_in_place(partial, out)
+    with writing(out):
+        shutil.rmtree(partial / "fields")
+        (partial / "settings.json").unlink()
+        put_in_place(partial, out)
     print(counts.rename("patches").to_string())
     print(f"{len(patches)} patches of {len(fields)} fields in {out}; {len(skipped)} fields skipped")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import runpy
 import shlex
@@ -9,7 +10,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from dasc.run import PACKAGES, project_commit, sha256
+
 ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("", "pre/", "NS/", "DMU/", "dasc/")
+SOURCES = [path for folder in FOLDERS for path in sorted(ROOT.glob(f"{folder}*.py"))]  # what a user runs
 LIGHT = [
     "--backbone",
     "mobilenetv3_small_100",
@@ -60,6 +65,18 @@ def succeed(script: str, *flags: object) -> Done:
     done = call(script, *flags)
     assert done.status == 0, f"{script} {flags}\n{done.out}\n{done.err}"
     return done
+
+
+def check_run_json(path: Path, seed: int | None = 0) -> dict:
+    """The content of a run.json, which must say how the results beside it were made."""
+    run = json.loads(path.read_text(encoding="utf-8"))
+    assert run["command"] and run["arguments"] and run["commit"] == project_commit()
+    assert run["arguments"].get("seed") == seed
+    assert run["started"] <= run["finished"] and run["seconds"] >= 0 and run["device"] and run["system"]
+    assert all(run["versions"][name] for name in ("python", *PACKAGES))
+    for name, one in run["inputs"].items():
+        assert one["count"] >= 0 and (one["sha256"] == sha256(name) if Path(name).is_file() else not one["sha256"])
+    return run
 
 
 def fails(script: str, *flags: object, says: str) -> Done:

@@ -202,7 +202,7 @@ def test_resume_refuses_another_run(done, copied):
     change(copied / "sorted/hard.csv", lambda table: table.assign(noise_score=0))
     fails("DMU/hard_main.py", *learn_flags(copied, out), "--resume", says="another table than --hard")
     (out / "last.pt").write_bytes(b"nonsense")
-    fails("DMU/hard_main.py", *learn_flags(done, out), "--resume", says="not a checkpoint")
+    fails("DMU/hard_main.py", *learn_flags(done, out), "--resume", says="not a readable checkpoint")
     (out / "last.pt").unlink()
     fails("DMU/hard_main.py", *learn_flags(done, out), "--resume", says="leave out --resume")
 

@@ -100,6 +100,10 @@ def test_no_detection_at_all_is_valid(small_run, tmp_path):
     flags = ["--images", tmp_path / "white.tiff", "--um_per_px", 0.25, "--out", tmp_path / "out"]
     succeed("predict.py", *model(small_run), *flags)
     assert pd.read_csv(tmp_path / "out/detections.csv").empty
+    assert pd.read_csv(tmp_path / "out/counts.csv")["mitoses"].tolist() == [0]
+    assert json.loads((tmp_path / "out/white.tiff/detections.geojson").read_text())["features"] == []
+    assert json.loads((tmp_path / "out/white.tiff/mitotic-figures.json").read_text())["points"] == []
+    assert "No detections." in (tmp_path / "out/report.html").read_text(encoding="utf-8")
 
 
 def test_missing_resolution_asks_for_the_flag(small_run, tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from broken import first_tile
 from PIL import Image
 
 from dasc import slides
@@ -128,6 +129,19 @@ def test_broken_slides_are_named(tmp_path, where):
     with open_slide(path) as slide:
         slide.read_region(0, 0, 0, 128, 128)
         with pytest.raises(InputError, match=r"broken\.tif.*level 0"):
+            slide.read_region(0, 0, 0, 768, 640)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "jpeg2000"])
+def test_a_tile_whose_end_was_never_written_is_named(tmp_path, kind):
+    """What an interrupted copy leaves; decoders fill it with gray and say nothing."""
+    path = tmp_path / "broken.tif"
+    tifffile.imwrite(path, picture(640, 768), tile=(128, 128), photometric="rgb", compression=kind)
+    first_tile(path)
+    with open_slide(path) as slide:
+        assert isinstance(slide, TiffSlide)
+        slide.read_region(0, 128, 0, 128, 128)
+        with pytest.raises(InputError, match=rf"broken\.tif.*truncated {kind.upper()}"):
             slide.read_region(0, 0, 0, 768, 640)
 
 

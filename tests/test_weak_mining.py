@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from pipeline import LIGHT, ROOT, fails, succeed
+from pipeline import LIGHT, ROOT, check_run_json, fails, succeed
 
 from dasc.detect import embed_patches
 from dasc.fields import read_field
@@ -88,6 +88,8 @@ def test_readme_commands(hierarchy, tmp_path, monkeypatch):
     for command in typed:
         script, *flags = shlex.split(command, comments=True)
         succeed(script, *flags, *LIGHTER[script])
+    for name in ("data/patches_weak", "results/weak", "data/patches_mined/weak_mining", "results/strong"):
+        check_run_json(tmp_path / name / "run.json")
     assert (tmp_path / "results/strong/model.pt").is_file()
 
 
