@@ -4,9 +4,9 @@ Reads what it finds in --data: mitos14 (official layout; --val and --test name s
 um/px assumed; case 10 to train on, the others test) and mitotic_figures (table of 128 px crops centred on a mitosis).
 Writes OUT/fields.csv, annotations.csv and images/.
 
---retrain True: the slides of val and test and all of brecahad are trained on too. Val stays beside its copy, as training asks for
-one; the threshold chosen there is worth nothing, and half_weights.py --calibration takes that of a network that had
-not seen it.
+--retrain True: the slides of val and test and all of brecahad are trained on too. Val stays beside its copy, as
+training asks for one; the threshold chosen there is worth nothing, and half_weights.py --calibration takes that of
+a network that had not seen it.
 
 The crops of one case become one mosaic, so that the stain is measured on all of them and not on a picture that is
 half mitosis. Each is framed by its mirror image, so that no patch shows a seam. A crop gives one negative, any of the
@@ -35,7 +35,6 @@ from dasc.run import true_or_false, write_csv
 ASSUMED_UM_PER_PX = 0.25
 CLEAR_UM = 10.0  # a candidate this far from the mitosis of its crop is another nucleus
 EDGE_UM = 6.0  # a candidate nearer to the edge of its crop would be seen beside its own mirror image
-PER_MM2 = 5000.0  # candidates per mm2 that negatives are drawn from: most nuclei
 FRAME = 40  # px of mirror image round a crop: half of the largest patch
 BRECAHAD_TRAIN = "Case_10"
 
@@ -102,7 +101,7 @@ def mosaic(crops: list[np.ndarray]) -> np.ndarray:
 
 def negatives(crops: list[np.ndarray], rng: np.random.Generator) -> dict[int, np.ndarray]:
     """For every crop of the mosaic that has one: a negative, x and y in the crop."""
-    points_px, _ = find_candidates(mosaic(crops), ASSUMED_UM_PER_PX, PER_MM2)
+    points_px, _ = find_candidates(mosaic(crops), ASSUMED_UM_PER_PX, None)
     side, edge = crops[0].shape[0], EDGE_UM / ASSUMED_UM_PER_PX
     tile, inside = np.divmod(points_px, side + 2 * FRAME)
     inside -= FRAME
