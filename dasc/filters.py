@@ -1,7 +1,7 @@
 """The filters of the candidate search, by OpenCV on the CPU and by torch on a device: the same numbers up to rounding.
 
-Each takes an image (h, w) float32, a NumPy array or a tensor on any device, and returns its kind. On a CPU OpenCV is
-several times faster than torch, and on a GPU it does not run.
+Each takes an image (h, w) float32, a NumPy array or a tensor on any device, and returns its kind. On a CPU OpenCV takes
+a twentieth of the time of torch, and on a GPU it does not run.
 """
 
 import cv2
