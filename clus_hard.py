@@ -16,7 +16,13 @@ from dasc.difficulty import VERDICTS, difficulty_levels, forget_rate, join_by_pa
 from dasc.figures import contact_sheet
 from dasc.manifest import LABELS, read_patches
 from dasc.patches import load_patches
-from dasc.run import InputError, record_run, replacing, run_script, write_csv
+from dasc.run import (
+    positive,
+    record_run,
+    replacing,
+    run_script,
+    write_csv,
+)
 
 # Edit here, or override one run with the flag of the same name.
 MEMORY = "results/DMU/memory.csv"  # memory units of stage 4
@@ -40,16 +46,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default=OUT, help="folder to write")
     parser.add_argument("--noisy_share", type=float, default=NOISY_SHARE, help="noisy in more than this share: noisy")
     parser.add_argument("--hard_share", type=float, default=HARD_SHARE, help="not clean in more than this share: hard")
-    parser.add_argument("--levels", type=int, default=LEVELS, help="levels of difficulty per label")
+    parser.add_argument("--levels", type=positive, default=LEVELS, help="levels of difficulty per label")
     parser.add_argument("--per_group", type=int, default=PER_GROUP, help="patches shown per verdict and level")
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--workers", type=int, default=WORKERS, help="threads that read patches")
+    parser.add_argument("--workers", type=positive, default=WORKERS, help="threads that read patches")
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
-    if args.levels < 1:
-        raise InputError(f"--levels {args.levels}: expected 1 or more")
     out = Path(args.out)
     memory = read_memory(Path(args.memory))
     if args.manifest:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from dasc.difficulty import join_by_patch, read_checked, read_hard, read_memory, validated
 from dasc.manifest import LABELS
-from dasc.run import InputError, record_run, run_script, write_csv
+from dasc.run import InputError, positive, record_run, run_script, write_csv
 
 # Edit here, or override one run with the flag of the same name.
 MEMORY = "results/DMU/memory.csv"  # memory units of stage 4
@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checked", default=CHECKED, help="checked.csv of stage 6")
     parser.add_argument("--out", default=OUT, help="folder to write")
     parser.add_argument("--keep_share", type=float, default=KEEP_SHARE, help="share of right levels that keeps a patch")
-    parser.add_argument("--levels", type=int, default=LEVELS, help="levels of difficulty, as in clus_hard.py")
+    parser.add_argument("--levels", type=positive, default=LEVELS, help="levels of difficulty, as in clus_hard.py")
     return parser
 
 

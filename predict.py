@@ -28,6 +28,7 @@ from dasc.run import (
     WriteError,
     file_name,
     pick_device,
+    positive,
     record_run,
     run_script,
     sha256,
@@ -90,8 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--test", default=TEST, help="cases for the test, A,B")
     parser.add_argument("--match", default=MATCH, choices=("um", "uts"), help="rule by which a detection is right")
     parser.add_argument("--device", default=DEVICE, help="auto, cpu, cuda or mps")
-    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="patches scored together")
-    parser.add_argument("--workers", type=int, default=WORKERS, help="threads that read tiles")
+    parser.add_argument("--batch_size", type=positive, default=BATCH_SIZE, help="patches scored together")
+    parser.add_argument("--workers", type=positive, default=WORKERS, help="threads that read tiles")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--resume", type=true_or_false, nargs="?", const=True, default=RESUME)
     return parser

@@ -24,7 +24,17 @@ from dasc.figures import curves
 from dasc.manifest import LABELS, read_patches
 from dasc.network import SearchNetwork, load_backbone_weights, read_tensors
 from dasc.patches import load_patches
-from dasc.run import InputError, pick_device, record_run, run_script, save_checkpoint, sha256, true_or_false, write_csv
+from dasc.run import (
+    InputError,
+    pick_device,
+    positive,
+    record_run,
+    run_script,
+    save_checkpoint,
+    sha256,
+    true_or_false,
+    write_csv,
+)
 from dasc.training import batches
 
 # Edit here, or override one run with the flag of the same name.
@@ -61,11 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stride", type=int, default=STRIDE, help="px per cell of the feature map")
     parser.add_argument("--pretrained", type=true_or_false, default=PRETRAINED, help="timm's ImageNet weights")
     parser.add_argument("--init_weights", default=INIT_WEIGHTS, help="timm state dict on disk to start from")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="epochs of each label")
+    parser.add_argument("--epochs", type=positive, default=EPOCHS, help="epochs of each label")
     parser.add_argument("--seen_after", type=int, default=SEEN_AFTER, help="epochs before predictions count")
     parser.add_argument("--keep_share", type=float, default=KEEP_SHARE, help="share of right levels for kept = 1")
-    parser.add_argument("--levels", type=int, default=LEVELS, help="levels of difficulty, as in clus_hard.py")
-    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="patches per step")
+    parser.add_argument("--levels", type=positive, default=LEVELS, help="levels of difficulty, as in clus_hard.py")
+    parser.add_argument("--batch_size", type=positive, default=BATCH_SIZE, help="patches per step")
     parser.add_argument("--lr", type=float, default=LR, help="learning rate")
     parser.add_argument("--stain", type=float, default=STAIN, help="strength of stain augmentation")
     parser.add_argument("--light", type=float, default=LIGHT, help="strength of brightness and contrast changes")
@@ -73,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--nan_steps", type=int, default=NAN_STEPS, help="steps without a finite loss before it stops")
     parser.add_argument("--device", default=DEVICE, help="auto, cpu, cuda or mps")
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--workers", type=int, default=WORKERS, help="threads that read patches")
+    parser.add_argument("--workers", type=positive, default=WORKERS, help="threads that read patches")
     parser.add_argument("--resume", type=true_or_false, nargs="?", const=True, default=RESUME)
     return parser
 

@@ -47,6 +47,7 @@ from dasc.patches import load_patches
 from dasc.run import (
     InputError,
     pick_device,
+    positive,
     record_run,
     replacing,
     run_script,
@@ -109,17 +110,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stride", type=int, default=STRIDE, help="px per cell of the CAM")
     parser.add_argument("--pretrained", type=true_or_false, default=PRETRAINED, help="timm's ImageNet weights")
     parser.add_argument("--init_weights", default=INIT_WEIGHTS, help="timm state dict on disk to start from")
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--epochs", type=positive, default=EPOCHS)
     parser.add_argument("--warmup", type=int, default=WARMUP, help="epochs that contrast labels, not subclasses")
-    parser.add_argument("--cluster_every", type=int, default=CLUSTER_EVERY, help="epochs between clusterings")
-    parser.add_argument("--subclasses", type=int, default=SUBCLASSES, help="clusters per label")
-    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="patches per step")
+    parser.add_argument("--cluster_every", type=positive, default=CLUSTER_EVERY, help="epochs between clusterings")
+    parser.add_argument("--subclasses", type=positive, default=SUBCLASSES, help="clusters per label")
+    parser.add_argument("--batch_size", type=positive, default=BATCH_SIZE, help="patches per step")
     parser.add_argument("--lr", type=float, default=LR, help="learning rate at the start")
     parser.add_argument("--contrastive_weight", type=float, default=CONTRASTIVE_WEIGHT, help="of the contrastive loss")
     parser.add_argument("--localisation_weight", type=float, default=LOCALISATION_WEIGHT, help="of the localisation")
     parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="of the contrastive losses")
     parser.add_argument("--gamma", type=float, default=GAMMA, help="weight of the rest of the label")
-    parser.add_argument("--levels", type=int, default=LEVELS, help="levels of difficulty, as in clus_hard.py")
+    parser.add_argument("--levels", type=positive, default=LEVELS, help="levels of difficulty, as in clus_hard.py")
     parser.add_argument("--level_temperature", type=float, default=LEVEL_TEMPERATURE, help="added for harder levels")
     parser.add_argument("--level_weight", type=float, default=LEVEL_WEIGHT, help="taken from harder levels' anchors")
     parser.add_argument("--smoothing", type=float, default=SMOOTHING, help="label smoothing of hard patches")
@@ -135,15 +136,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--per_group", type=int, default=PER_GROUP, help="patches shown per subclass")
     parser.add_argument("--device", default=DEVICE, help="auto, cpu, cuda or mps")
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--workers", type=int, default=WORKERS, help="threads that read patches")
+    parser.add_argument("--workers", type=positive, default=WORKERS, help="threads that read patches")
     parser.add_argument("--resume", type=true_or_false, nargs="?", const=True, default=RESUME)
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
-    for name in ("epochs", "cluster_every", "subclasses", "levels"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: expected 1 or more")
     for name in ("temperature", "gce_q"):
         if getattr(args, name) <= 0:
             raise InputError(f"--{name} {getattr(args, name)}: expected more than 0")

@@ -21,7 +21,17 @@ from dasc.manifest import LABELS, read_cut_run, read_patches
 from dasc.memory import STATES, UNSEEN, VIEWS, Memory, Settings, noise_score, start, thresholds, update
 from dasc.network import CLASSES, check_same_run, load_backbone_weights, read_checkpoint
 from dasc.patches import load_patches
-from dasc.run import InputError, pick_device, record_run, run_script, save_checkpoint, sha256, true_or_false, write_csv
+from dasc.run import (
+    InputError,
+    pick_device,
+    positive,
+    record_run,
+    run_script,
+    save_checkpoint,
+    sha256,
+    true_or_false,
+    write_csv,
+)
 from dasc.views import strong_view, weak_view
 
 # Edit here, or override one run with the flag of the same name.
@@ -62,11 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stride", type=int, default=STRIDE, help="px per cell of the feature maps")
     parser.add_argument("--pretrained", type=true_or_false, default=PRETRAINED, help="timm's ImageNet weights")
     parser.add_argument("--init_weights", default=INIT_WEIGHTS, help="timm state dict on disk to start from")
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--epochs", type=positive, default=EPOCHS)
     parser.add_argument("--warmup", type=int, default=WARMUP, help="epochs in which the learning rate rises")
     parser.add_argument("--count_after", type=int, default=COUNT_AFTER, help="epochs before states are counted")
     parser.add_argument("--score_after", type=int, default=SCORE_AFTER, help="epochs before noise_score averages")
-    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="largest number of patches per step")
+    parser.add_argument("--batch_size", type=positive, default=BATCH_SIZE, help="largest number of patches per step")
     parser.add_argument("--lr", type=float, default=LR, help="learning rate")
     parser.add_argument("--fused_share", type=float, default=FUSED_SHARE, help="share of the fused head in the loss")
     parser.add_argument("--loss_q", type=float, default=LOSS_Q, help="exponent of the loss; 0: cross entropy")
@@ -80,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--nan_steps", type=int, default=NAN_STEPS, help="steps without a finite loss before it stops")
     parser.add_argument("--device", default=DEVICE, help="auto, cpu, cuda or mps")
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--workers", type=int, default=WORKERS, help="threads that read patches")
+    parser.add_argument("--workers", type=positive, default=WORKERS, help="threads that read patches")
     parser.add_argument("--resume", type=true_or_false, nargs="?", const=True, default=RESUME)
     return parser
 

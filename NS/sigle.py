@@ -35,6 +35,7 @@ from dasc.patches import load_patches
 from dasc.run import (
     InputError,
     pick_device,
+    positive,
     record_run,
     run_script,
     save_checkpoint,
@@ -89,8 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stride", type=int, default=STRIDE, help="px per cell of the CAM")
     parser.add_argument("--pretrained", type=true_or_false, default=PRETRAINED, help="timm's ImageNet weights")
     parser.add_argument("--init_weights", default=INIT_WEIGHTS, help="timm state dict on disk to start from")
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="patches per step")
+    parser.add_argument("--epochs", type=positive, default=EPOCHS)
+    parser.add_argument("--batch_size", type=positive, default=BATCH_SIZE, help="patches per step")
     parser.add_argument("--lr", type=float, default=LR, help="learning rate at the start")
     parser.add_argument("--average", type=float, default=AVERAGE, help="decay of the running average of the weights")
     parser.add_argument("--stain", type=float, default=STAIN, help="strength of stain augmentation")
@@ -102,14 +103,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--views", type=int, default=VIEWS, choices=(1, 2, 4, 8), help="views averaged per candidate")
     parser.add_argument("--device", default=DEVICE, help="auto, cpu, cuda or mps")
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--workers", type=int, default=WORKERS, help="threads that read patches")
+    parser.add_argument("--workers", type=positive, default=WORKERS, help="threads that read patches")
     parser.add_argument("--resume", type=true_or_false, nargs="?", const=True, default=RESUME)
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
-    if args.epochs < 1:
-        raise InputError(f"--epochs {args.epochs}: expected 1 or more")
     device = pick_device(args.device)
     manifest, out = Path(args.manifest), Path(args.out)
     table = read_patches(manifest)

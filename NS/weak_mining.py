@@ -31,6 +31,7 @@ from dasc.run import (
     check_replaceable,
     only_run,
     pick_device,
+    positive,
     record_run,
     replacing_folder,
     run_script,
@@ -72,22 +73,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--query", default=QUERY, choices=(*METRICS, "random", "searched"), help="which patches to take"
     )
-    parser.add_argument("--k", type=int, default=K, help="pool patches per false positive")
+    parser.add_argument("--k", type=positive, default=K, help="pool patches per false positive")
     parser.add_argument("--fp_above", type=float, default=FP_ABOVE, help="probability of a false positive on val")
     parser.add_argument("--search_above", type=float, default=SEARCH_ABOVE, help="probability that searched takes")
     parser.add_argument("--same_correlation", type=float, default=SAME_CORRELATION, help="of near-duplicates")
     parser.add_argument("--unknown_slides", type=true_or_false, default=UNKNOWN_SLIDES, help="take them too")
     parser.add_argument("--sheet_rows", type=int, default=SHEET_ROWS, help="false positives on the contact sheet")
     parser.add_argument("--device", default=DEVICE, help="auto, cpu, cuda or mps")
-    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="patches embedded together")
+    parser.add_argument("--batch_size", type=positive, default=BATCH_SIZE, help="patches embedded together")
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--workers", type=int, default=WORKERS, help="threads that read patches")
+    parser.add_argument("--workers", type=positive, default=WORKERS, help="threads that read patches")
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
-    if args.k < 1:
-        raise InputError(f"--k {args.k}: expected 1 or more")
     out, manifest, model = Path(args.out), Path(args.manifest), Path(args.model_path)
     check_replaceable(out, "mined.csv")
     device = pick_device(args.device)

@@ -86,6 +86,13 @@ def true_or_false(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
 
 
+def positive(text: str) -> int:
+    """Argparse type for a flag that takes a whole number from 1 on."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, found {text!r}")
+    return int(text)
+
+
 def pick_device(name: str) -> torch.device:
     """Turn `--device` (auto, cpu, cuda, mps) into a device; auto takes the first of cuda, mps, cpu that is there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}

@@ -36,6 +36,7 @@ from dasc.run import (
     check_replaceable,
     file_name,
     pick_device,
+    positive,
     put_in_place,
     record_run,
     run_script,
@@ -87,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--val", default=VAL, help="cases for validation, A,B (default: the paper's)")
     parser.add_argument("--test", default=TEST, help="cases for the test, A,B (default: the paper's)")
     parser.add_argument("--um_per_px", type=float, default=UM_PER_PX, help="resolution of the fields; 0: as stated")
-    parser.add_argument("--patch_size", type=int, default=PATCH_SIZE, help="side of a patch in px")
+    parser.add_argument("--patch_size", type=positive, default=PATCH_SIZE, help="side of a patch in px")
     parser.add_argument("--patch_um_per_px", type=float, default=PATCH_UM_PER_PX, help="resolution of the patches")
     parser.add_argument("--normalise_stain", type=true_or_false, default=NORMALISE_STAIN, help="one stain for all")
     parser.add_argument("--per_mm2", type=float, default=PER_MM2, help="candidate nuclei per mm2")
@@ -111,9 +112,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--search_above", type=float, default=SEARCH_ABOVE, help="p(mitosis) of a false positive")
     parser.add_argument("--random_per_searched", type=float, default=RANDOM_PER_SEARCHED, help="beside searched ones")
     parser.add_argument("--device", default=DEVICE, help="auto, cpu, cuda or mps")
-    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="patches scored together")
+    parser.add_argument("--batch_size", type=positive, default=BATCH_SIZE, help="patches scored together")
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--workers", type=int, default=WORKERS, help="fields cut at the same time")
+    parser.add_argument("--workers", type=positive, default=WORKERS, help="fields cut at the same time")
     parser.add_argument("--resume", type=true_or_false, nargs="?", const=True, default=RESUME)
     return parser
 

@@ -21,7 +21,16 @@ import tifffile
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dasc.run import InputError, record_run, replacing_folder, run_script, write_csv, write_json, write_text
+from dasc.run import (
+    InputError,
+    positive,
+    record_run,
+    replacing_folder,
+    run_script,
+    write_csv,
+    write_json,
+    write_text,
+)
 
 # Edit here, or override one run with the flag of the same name.
 OUT = "data/sample"  # folder of the dataset; an earlier sample stays as OUT.previous, anything else is refused
@@ -374,7 +383,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--mitoses", type=int, default=MITOSES, help="mitoses drawn per field")
     parser.add_argument("--imposters", type=int, default=IMPOSTERS, help="look-alikes drawn per field")
     parser.add_argument("--label_noise", type=float, default=LABEL_NOISE, help="share of wrong labels, 0-1")
-    parser.add_argument("--workers", type=int, default=WORKERS, help="threads that draw fields")
+    parser.add_argument("--workers", type=positive, default=WORKERS, help="threads that draw fields")
     return parser
 
 

@@ -20,7 +20,15 @@ from dasc.fields import read_field
 from dasc.manifest import LABELS, PATCHES, SPLITS, read_patches
 from dasc.named import FORM, labelled_images, read_square
 from dasc.patches import copy_patches, write_patch
-from dasc.run import InputError, check_replaceable, record_run, replacing_folder, run_script, write_csv
+from dasc.run import (
+    InputError,
+    check_replaceable,
+    positive,
+    record_run,
+    replacing_folder,
+    run_script,
+    write_csv,
+)
 from dasc.splits import draw_share, draw_slides, parse_cases
 
 # Edit here, or override one run with the flag of the same name.
@@ -47,12 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--test", default=TEST, help="slides for the test, A,B (default: drawn; none where --val is set)"
     )
     parser.add_argument("--folds", type=int, default=FOLDS, help="parts of the slides; val is one, the test one")
-    parser.add_argument("--patch_size", type=int, default=PATCH_SIZE, help="side of the patches written, in px")
+    parser.add_argument("--patch_size", type=positive, default=PATCH_SIZE, help="side of the patches written, in px")
     parser.add_argument("--patch_um_per_px", type=float, default=PATCH_UM_PER_PX, help="their resolution; 0: unknown")
     parser.add_argument("--train_share", type=float, default=TRAIN_SHARE, help="share of the training patches")
     parser.add_argument("--share_of", default=SHARE_OF, choices=("all", "positives"), help="what the share is of")
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--workers", type=int, default=WORKERS, help="threads that read and write patches")
+    parser.add_argument("--workers", type=positive, default=WORKERS, help="threads that read and write patches")
     return parser
 
 

@@ -60,6 +60,17 @@ def test_constants_that_flags_leave_out_are_used(path):
     assert constants and [name for name in constants if name.lower() not in flags] == []
 
 
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_counts_are_whole_numbers_of_one_or_more(path, capsys):
+    parser = load(path).build_parser()
+    counts = {"epochs", "batch_size", "workers", "patch_size", "k", "levels", "subclasses", "cluster_every"}
+    for flag in counts & vars(parser.parse_args([])).keys():
+        for text in ("0", "-1", "1.5", "many"):
+            with pytest.raises(SystemExit) as left:
+                parser.parse_args([f"--{flag}={text}"])
+            assert left.value.code != 0 and f"argument --{flag}: expected a whole number" in capsys.readouterr().err
+
+
 def test_no_script_imports_a_script():
     scripts = {"predict", "clus_hard", "clus_scl", "pre", "NS", "DMU"}
     for path in [

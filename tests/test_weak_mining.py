@@ -230,7 +230,6 @@ BAD = {
     "all held": (only_held, [], "only 0 of the 2 pool patches lie on other slides"),
     "k beyond the pool": (None, ["--k", 37], "only 36 of the 38 pool patches lie on other slides"),
     "k beyond what may be mined": (None, ["--k", 33, "--fp_above", 0.01], "only 30 pool patches may be mined"),
-    "k": (None, ["--k", 0], "expected 1 or more"),
     "broken": (broken, ["--fp_above", 0.01], "B1_1-5.jpg"),
     "size": (other_size, ["--fp_above", 0.01], "41 x 41 px, expected 40 x 40"),
     "manifest": (other_manifest, [], "was not trained on"),
