@@ -4,10 +4,6 @@ Reads what it finds in --data: mitos14 (official layout; --val and --test name s
 um/px assumed; case 10 to train on, the others test) and mitotic_figures (table of 128 px crops centred on a mitosis).
 Writes OUT/fields.csv, annotations.csv and images/.
 
---retrain True: the slides of val and test and all of brecahad are trained on too. Val stays beside its copy, as
-training asks for one; the threshold chosen there is worth nothing, and half_weights.py --calibration takes that of
-a network that had not seen it.
-
 The crops of one case become one mosaic, so that the stain is measured on all of them and not on a picture that is
 half mitosis. Each is framed by its mirror image, so that no patch shows a seam. A crop gives one negative, any of the
 candidates farther than 10 um from its mitosis (the darkest are often further mitoses, which nobody marked); a crop
@@ -30,7 +26,7 @@ from dasc.datasets import read_dataset
 from dasc.fields import read_field
 from dasc.figures import write_png
 from dasc.nuclei import find_candidates
-from dasc.run import true_or_false, write_csv
+from dasc.run import write_csv
 
 ASSUMED_UM_PER_PX = 0.25
 CLEAR_UM = 10.0  # a candidate this far from the mitosis of its crop is another nucleus
@@ -41,22 +37,17 @@ BRECAHAD_TRAIN = "Case_10"
 Rows = list[tuple]
 
 
-def whole_fields(name: str, root: Path, splits: tuple, out: Path, retrain: bool) -> tuple[Rows, Rows]:
-    """Copy the fields of a dataset; rows of fields.csv and annotations.csv. retrain: val and test to train on, too."""
+def whole_fields(name: str, root: Path, splits: tuple, out: Path) -> tuple[Rows, Rows]:
+    """Copy the fields of a dataset; rows of fields.csv and annotations.csv."""
     dataset = read_dataset(name, root, *splits)
     fields, points = [], []
     for field in tqdm(list(dataset.fields.itertuples()), root.name):
         path = Path("images") / root.name / Path(field.path).name
         shutil.copyfile(root / field.path, out / path)
         um_per_px = ASSUMED_UM_PER_PX if np.isnan(field.um_per_px) else field.um_per_px
-        name = f"{root.name}_{field.image}"
-        mine = dataset.annotations[dataset.annotations["image"] == field.image]
-        copies = [(name, field.case, "train" if retrain else field.split)]
-        if retrain and field.split == "val":
-            copies.append((f"seen_{name}", f"seen_{field.case}", "val"))
-        for image, case, split in copies:
-            fields.append((image, path.as_posix(), case, split, um_per_px))
-            points += [(image, point.x_px, point.y_px, point.label) for point in mine.itertuples()]
+        fields.append((f"{root.name}_{field.image}", path.as_posix(), field.case, field.split, um_per_px))
+    for point in dataset.annotations.itertuples():
+        points.append((f"{root.name}_{point.image}", point.x_px, point.y_px, point.label))
     return fields, points
 
 
@@ -117,7 +108,6 @@ if __name__ == "__main__":
     parser.add_argument("--val", default="H03", help="slides of mitos14 for validation, A,B")
     parser.add_argument("--test", default="H05", help="slides of mitos14 for the test; empty: none")
     parser.add_argument("--sets", nargs="+", default=["mitos14", "brecahad", "mitotic_figures"])
-    parser.add_argument("--retrain", type=true_or_false, default=False, help="train on val and test too")
     parser.add_argument("--out", type=Path, default=Path("data/combined"))
     args = parser.parse_args()
     fields, points = [], []
@@ -126,10 +116,10 @@ if __name__ == "__main__":
         (args.out / "images" / name).mkdir(parents=True, exist_ok=True)
         if name == "mitos14":
             splits = tuple([case for case in cases.split(",") if case] for cases in (args.val, args.test))
-            parts = whole_fields("mitos14", root, splits, args.out, args.retrain)
+            parts = whole_fields("mitos14", root, splits, args.out)
         elif name == "brecahad":
             cases = sorted(set(read_dataset("midog", root, [], []).fields["case"]) - {BRECAHAD_TRAIN})
-            parts = whole_fields("midog", root, ([], cases), args.out, args.retrain)
+            parts = whole_fields("midog", root, ([], cases), args.out)
         else:
             parts = mosaics(root, args.out)
         fields += parts[0]

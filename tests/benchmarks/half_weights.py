@@ -1,8 +1,4 @@
-"""Store a checkpoint with its convolutions as float16, half the size: how weights/dasc_mitos.pt was made.
-
---calibration CHECKPOINT: with the threshold, calibration and val curve of another network, trained in the same way on
-fewer slides, so that it had not seen those of val (combine.py --retrain).
-"""
+"""Store a checkpoint with its convolutions as float16, half the size: how weights/dasc_mitos.pt was made."""
 
 import argparse
 import sys
@@ -15,21 +11,15 @@ import torch
 from dasc.network import read_checkpoint
 from dasc.run import save_checkpoint
 
-OF_VAL = ("threshold", "temperature", "offset", "val_curve")  # of a checkpoint's config
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model_path", type=Path, required=True)
-    parser.add_argument("--calibration", type=Path, help="checkpoint of a network that had not seen the val slides")
     parser.add_argument("--out", type=Path, default=Path("weights/dasc_mitos.pt"))
     args = parser.parse_args()
     checkpoint = read_checkpoint(args.model_path)
     # Vectors (biases, BatchNorm's statistics) are small, and a variance can exceed float16's range.
     model = {name: value.half() if value.dim() > 1 else value for name, value in checkpoint["model"].items()}
-    config = checkpoint["config"]
-    if args.calibration:
-        config |= {name: read_checkpoint(args.calibration)["config"][name] for name in OF_VAL}
-    save_checkpoint(args.out, {"model": model, "config": config})
+    save_checkpoint(args.out, {"model": model, "config": checkpoint["config"]})
     largest = max(
         float((value.float() - before).abs().max())
         for value, before in zip(model.values(), checkpoint["model"].values(), strict=True)
