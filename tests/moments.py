@@ -33,7 +33,7 @@ PLACES = [  # where the scripts find a function, and what happens there
     (torch.optim.Adam, "step", "step"),
     (dasc.training, "scan_field", "field"),
     (dasc.image_scan, "scan_field", "field"),
-    (dasc.scan, "score_patches", "batch of tiles"),
+    (dasc.scan, "log_odds", "batch of tiles"),
     (dasc.patches, "write_patch", "patch"),
     (dasc.run, "put_in_place", "putting the folder in place"),
 ]

@@ -6,7 +6,8 @@ RUNS = ["data/sample", "data/patches", "results/NS", "data/patches_ns", "results
 RUNS += ["results/DMU_hard", "results/DMU_hard/clus_scl", "results/DMU_scl", "results/NS_searched", "results/predict"]
 
 
-def test_readme_commands_run_in_order(readme_run):
+def test_readme_commands_run_in_order(readme_run, monkeypatch):
+    monkeypatch.chdir(readme_run)  # run.json names what was read as it was typed
     typed = [command for command, _, _ in readme_commands()]
     assert typed[:4] == [
         "pre/make_sample.py",

@@ -36,7 +36,7 @@ def test_resume_refuses_another_run(small_run, tmp_path):
     fails("NS/sigle.py", *again, "--epochs", 2, "--lr", 0.5, says="--lr")
     fails("NS/sigle.py", *flags(small_run, tmp_path / "empty"), "--resume", says="last.pt")
     shutil.copy(tmp_path / "NS/model.pt", tmp_path / "NS/last.pt")
-    fails("NS/sigle.py", *again, says="not the state of its training")
+    fails("NS/sigle.py", *again, says="expected the last.pt of an interrupted training")
 
 
 def changed_manifest(small_run, tmp_path, change):
