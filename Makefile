@@ -79,7 +79,7 @@ $(R14)/predict/metrics.json: $(R14)/DMU_scl/model.pt
 test: .venv/installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
