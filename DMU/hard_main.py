@@ -35,7 +35,7 @@ from dasc.run import (
     true_or_false,
     write_csv,
 )
-from dasc.training import batches
+from dasc.training import batches, check_batch
 
 # Edit here, or override one run with the flag of the same name.
 MANIFEST = "data/patches_ns/patches.csv"  # the patches of stage 3
@@ -116,6 +116,7 @@ def main(args: argparse.Namespace) -> int:
     for label in learnable:
         files = [manifest.parent / patch for patch in table.loc[table["label"] == label, "patch"]]
         pictures[label] = load_patches(files, args.workers)
+        check_batch(args.batch_size, pictures[label].shape[-1], args.stride)
     for label in learnable:
         rows = torch.from_numpy(np.flatnonzero(table["label"] == label))
         levels = torch.tensor(table.loc[rows.numpy(), "level"].to_numpy())

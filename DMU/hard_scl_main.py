@@ -56,7 +56,7 @@ from dasc.run import (
     true_or_false,
     write_csv,
 )
-from dasc.training import balanced_order, batches, best_f1, check_val_fields, cosine, threshold_on_val
+from dasc.training import balanced_order, batches, best_f1, check_batch, check_val_fields, cosine, threshold_on_val
 
 # Edit here, or override one run with the flag of the same name.
 MANIFEST = "data/patches_ns/patches.csv"  # all patches; those of val choose the best epoch
@@ -160,6 +160,7 @@ def main(args: argparse.Namespace) -> int:
         load_patches([manifest.parent / patch for patch in part["patch"]], args.workers) for part in (train, val)
     )
     patch_size = train_patches.shape[-1]
+    check_batch(args.batch_size, patch_size, args.stride)
     labels, levels = (torch.tensor(train[name].to_numpy()) for name in ("label", "level"))
     points_px = torch.tensor(train[["point_x_px", "point_y_px"]].to_numpy(np.float32))
     check_points(train, points_px, patch_size, manifest)

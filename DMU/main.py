@@ -32,6 +32,7 @@ from dasc.run import (
     true_or_false,
     write_csv,
 )
+from dasc.training import check_batch
 from dasc.views import strong_view, weak_view
 
 # Edit here, or override one run with the flag of the same name.
@@ -111,6 +112,7 @@ def main(args: argparse.Namespace) -> int:
         )
     cut = read_cut_run(manifest.parent)["arguments"]
     patches = load_patches([manifest.parent / patch for patch in train["patch"]], args.workers)
+    check_batch(args.batch_size, patches.shape[-1], args.stride)
     labels = torch.tensor(train["label"].to_numpy())
     weights = len(labels) / (2 * labels.bincount(minlength=2)) if args.class_weights else torch.ones(2)
 

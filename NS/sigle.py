@@ -48,6 +48,7 @@ from dasc.training import (
     balanced_order,
     batches,
     best_f1,
+    check_batch,
     check_val_fields,
     cosine,
     judge_patches,
@@ -129,6 +130,7 @@ def main(args: argparse.Namespace) -> int:
     )
     train_labels = torch.tensor(train["label"].to_numpy())
 
+    check_batch(args.batch_size, train_patches.shape[-1], args.stride)
     torch.manual_seed(args.seed)
     network = SearchNetwork(args.backbone, args.stride, args.pretrained and not args.init_weights and not args.resume)
     if args.init_weights:

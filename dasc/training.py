@@ -39,6 +39,15 @@ def batches(order: Tensor, batch_size: int) -> list[Tensor]:
     return parts
 
 
+def check_batch(batch_size: int, patch_size: int, stride: int) -> None:
+    """Raise InputError where batch norm would have one value per channel: batches of one patch, maps of one cell."""
+    if batch_size == 1 and patch_size <= stride:
+        raise InputError(
+            f"--batch_size 1: patches of {patch_size} px at stride {stride} give one value per channel, and batch norm "
+            "needs two; expected 2 or more"
+        )
+
+
 def cosine(progress: float) -> float:
     """Falls from 1 to 0 as progress goes from 0 to 1."""
     return 0.5 * (1 + float(torch.cos(torch.tensor(progress * torch.pi))))

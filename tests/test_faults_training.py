@@ -116,7 +116,9 @@ def test_a_last_batch_of_one_patch_and_one_cell(few, tmp_path, monkeypatch, scri
     table.assign(point_x_px=np.nan, point_y_px=np.nan).to_csv(tmp_path / "small/patches.csv", index=False)
     monkeypatch.chdir(tmp_path / "small")
     size = 4 if script == "DMU/hard_main.py" else 3 if script == "DMU/hard_scl_main.py" else 9
-    succeed(script, *flags(tmp_path / "small", script, tmp_path / "out"), "--stride", 32, "--batch_size", size)
+    few_cells = [*flags(tmp_path / "small", script, tmp_path / "out"), "--stride", 32]
+    fails(script, *few_cells, "--batch_size", 1, says="--batch_size 1: patches of 32 px")
+    succeed(script, *few_cells, "--batch_size", size)
 
 
 BROKEN = {
