@@ -15,10 +15,8 @@ from tqdm import tqdm
 from dasc.fields import read_field
 from dasc.run import InputError, writing
 
-PNG, EIGHT_BIT_RGB = (
-    b"\x89PNG\r\n\x1a\n",
-    b"\x08\x02",
-)  # how a patch of write_patch begins; bits and colours in its header
+PNG = b"\x89PNG\r\n\x1a\n"  # how a patch of write_patch begins
+EIGHT_BIT_RGB = b"\x08\x02"  # its header's bytes 24 and 25: bits and kind of colours
 
 CPU = torch.device("cpu")
 

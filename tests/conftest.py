@@ -28,7 +28,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def made_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
-    """A folder of this session, made by whichever worker of pytest-xdist needs it first."""
+    """A folder for all tests, made once, by whichever process of pytest-xdist needs it first."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     folder, done = base / name, base / f"{name}.done"
