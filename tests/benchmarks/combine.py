@@ -1,7 +1,8 @@
 """One table dataset out of several, to train on all of them: what weights/dasc_mitos.pt learned from.
 
 Reads what it finds in --data: mitos14 (official layout; --val and --test name slides), brecahad (MIDOG layout, 0.25
-um/px assumed; case 10 to train on, the others test) and mitotic_figures (table of 128 px crops centred on a mitosis).
+um/px assumed; case 10 to train on, the others test or val) and mitotic_figures (table of 128 px crops centred on a
+mitosis).
 Writes OUT/fields.csv, annotations.csv and images/.
 
 The crops of one case become one mosaic, so that the stain is measured on all of them and not on a picture that is
@@ -107,6 +108,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, required=True, help="folder with mitos14, brecahad, mitotic_figures")
     parser.add_argument("--val", default="H03", help="slides of mitos14 for validation, A,B")
     parser.add_argument("--test", default="H05", help="slides of mitos14 for the test; empty: none")
+    parser.add_argument("--brecahad", default="test", choices=("val", "test"), help="split of its other cases")
     parser.add_argument("--sets", nargs="+", default=["mitos14", "brecahad", "mitotic_figures"])
     parser.add_argument("--out", type=Path, default=Path("data/combined"))
     args = parser.parse_args()
@@ -119,7 +121,7 @@ if __name__ == "__main__":
             parts = whole_fields("mitos14", root, splits, args.out)
         elif name == "brecahad":
             cases = sorted(set(read_dataset("midog", root, [], []).fields["case"]) - {BRECAHAD_TRAIN})
-            parts = whole_fields("midog", root, ([], cases), args.out)
+            parts = whole_fields("midog", root, (cases, []) if args.brecahad == "val" else ([], cases), args.out)
         else:
             parts = mosaics(root, args.out)
         fields += parts[0]

@@ -1,4 +1,8 @@
-"""Store a checkpoint with its convolutions as float16, half the size: how weights/dasc_mitos.pt was made."""
+"""Store a checkpoint with its convolutions as float16, half the size: how weights/dasc_mitos.pt was made.
+
+A network that has trained on every slide has none left to choose its threshold on. With --sibling it gets calibration
+and threshold of a model that was trained the same way without some cases, judged on the fields of those.
+"""
 
 import argparse
 import sys
@@ -8,15 +12,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from dasc.network import read_checkpoint
+from dasc.manifest import read_cut_fields
+from dasc.network import load_network, read_checkpoint
 from dasc.run import save_checkpoint
+from dasc.training import threshold_on_val
+
+
+def decided_on(model_path: Path, cut_folder: Path, cases: list[str], reliability_path: Path) -> dict:
+    """Calibration, threshold and val_curve of a model on all fields of these cases, as stage 2 makes them of val."""
+    network, config = load_network(model_path, torch.device("cpu"))
+    data_root, fields, annotations = read_cut_fields(cut_folder)
+    fields["split"] = fields["case"].isin(cases).map({True: "val", False: "train"})
+    settings = {"batch_size": 256, "per_mm2": 3000.0, "match_um": 7.5, "views": 8}
+    facts, curve = threshold_on_val(
+        network, config, data_root, fields, annotations, reliability_path=reliability_path, **settings
+    )
+    print(f"{model_path} on {' '.join(cases)}: F1 {curve['f1'].max():.3f} at {facts['threshold']:.3f}")
+    return facts
+
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_path", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("weights/dasc_mitos.pt"))
+    parser.add_argument("--sibling", type=Path, help="model whose calibration and threshold the file gets")
+    parser.add_argument("--patches", type=Path, default=Path("data/patches"), help="stage 1's folder of the sibling")
+    parser.add_argument("--cases", nargs="+", default=["H03", "H05"], help="that the sibling has not trained on")
     args = parser.parse_args()
     checkpoint = read_checkpoint(args.model_path)
+    if args.sibling:
+        reliability_path = args.sibling.with_name("sibling_reliability.png")
+        checkpoint["config"] |= decided_on(args.sibling, args.patches, args.cases, reliability_path)
     # Vectors (biases, BatchNorm's statistics) are small, and a variance can exceed float16's range.
     model = {name: value.half() if value.dim() > 1 else value for name, value in checkpoint["model"].items()}
     save_checkpoint(args.out, {"model": model, "config": checkpoint["config"]})
