@@ -33,6 +33,7 @@ if __name__ == "__main__":
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--init_weights", default="data/lite0.pt", help="see lite0_weights.py")
     parser.add_argument("--patch_size", type=int, default=64)
+    parser.add_argument("--patch_um_per_px", type=float, default=0.25)
     parser.add_argument("--stride", type=int, default=32)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--epochs", type=int, nargs=2, default=[20, 10], help="of the first training and the others")
@@ -41,7 +42,7 @@ if __name__ == "__main__":
     rows = []
     for seed in args.seeds:
         home = Path(args.out) / str(seed)
-        cut = [*data, "--patch_size", args.patch_size, "--seed", seed]
+        cut = [*data, "--patch_size", args.patch_size, "--patch_um_per_px", args.patch_um_per_px, "--seed", seed]
         train = ["--backbone", args.backbone, "--init_weights", args.init_weights, "--stride", args.stride]
         train += ["--lr", args.lr, "--seed", seed]
         search = ["--fp_mdoel", "True", "--model_path", home / "random/model.pt"]
