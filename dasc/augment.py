@@ -10,6 +10,8 @@ from torch import Tensor
 # (Ruifrok & Johnston 2001; the third row is orthogonal to the other two).
 STAINS = torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, -0.570, 0.776]])
 
+CACHED = 8  # patches that a core changes together: what it reads and writes then stays in its cache
+
 
 def to_float(patches: Tensor) -> Tensor:
     """Patches (B, 3, H, W) uint8 to float in 0..1, laid out as convolutions like them."""
@@ -41,9 +43,11 @@ def affine_matrices(patches: Tensor, generator: torch.Generator, degrees: float,
 
 def warp(patches: Tensor, matrices: Tensor) -> Tensor:
     """The views (B, 3, S, S) of patches that `affine_matrices` describe."""
-    grid = F.affine_grid(matrices, list(patches.shape), align_corners=False)
-    views = F.grid_sample(patches, grid, padding_mode="reflection", align_corners=False)
-    return views.to(memory_format=torch.channels_last)  # grid_sample loses it, and convolutions are slow without
+    height, width = ((2 * torch.arange(side, device=patches.device) + 1) / side - 1 for side in patches.shape[2:])
+    # x and y of every pixel: one outer sum, where F.affine_grid multiplies a matrix per pixel
+    across, down = matrices[:, None, :, 0] * width[:, None], matrices[:, None, :, 1] * height[:, None]
+    grid = across[:, None] + (down + matrices[:, None, :, 2])[:, :, None]
+    return F.grid_sample(patches, grid, padding_mode="reflection", align_corners=False)
 
 
 def warp_points(points_px: Tensor, matrices: Tensor, side: int) -> Tensor:
@@ -58,32 +62,63 @@ def jitter_stain(patches: Tensor, generator: torch.Generator, strength: float, o
     In optical density the amount of every stain is multiplied by 1 +- strength and moved by +- offset
     (Tellez et al. 2018), which for a pixel is one 3x3 matrix and one shift.
     """
-    stains = STAINS.to(patches)
+    return mix_stains(patches, *stain_mixtures(patches, generator, strength, offset))
+
+
+def stain_mixtures(
+    patches: Tensor, generator: torch.Generator, strength: float, offset: float
+) -> tuple[Tensor, Tensor]:
+    """A random matrix (B, 3, 3) and shift (B, 3) per patch, for the logarithms of red, green and blue."""
+    stains = STAINS.to(patches.device)
     factors = 1 + strength * _uniform(patches, generator, 3).T  # (B, 3)
     moves = offset * _uniform(patches, generator, 3).T
-    matrices = torch.linalg.inv(stains) @ (factors[:, :, None] * stains)  # (B, 3, 3), to the right of a pixel's row
-    pixels = patches.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, 3), without a copy where the layout is channels_last
-    minus_density = pixels.clamp(min=1 / 255).log_()
-    mixed = torch.baddbmm(-(moves @ stains)[:, None], minus_density, matrices).exp_().clamp_(0, 1)
-    return mixed.unflatten(1, patches.shape[2:]).permute(0, 3, 1, 2)
+    return (torch.linalg.inv(stains) @ (factors[:, :, None] * stains)).mT, -(moves @ stains)
+
+
+def mix_stains(patches: Tensor, matrices: Tensor, shifts: Tensor) -> Tensor:
+    """The patches (B, 3, H, W; 0..1) whose stains `stain_mixtures` describe."""
+    minus_density = patches.clamp(min=1 / 255).log_().flatten(2)
+    return torch.baddbmm(shifts[:, :, None], matrices, minus_density).exp_().clamp_(0, 1).view(patches.shape)
 
 
 def jitter_light(patches: Tensor, generator: torch.Generator, brightness: float, contrast: float) -> Tensor:
     """Multiply each patch's contrast about its mean by 1 +- contrast and its brightness by 1 +- brightness."""
+    return relight(patches, *light_changes(patches, generator, brightness, contrast))
+
+
+def light_changes(
+    patches: Tensor, generator: torch.Generator, brightness: float, contrast: float
+) -> tuple[Tensor, Tensor]:
+    """A random relative change of brightness and of contrast per patch, (B, 1, 1, 1) each."""
     light, spread = _uniform(patches, generator, 2).view(2, -1, 1, 1, 1)
+    return brightness * light, contrast * spread
+
+
+def relight(patches: Tensor, light: Tensor, spread: Tensor) -> Tensor:
+    """The patches (B, 3, H, W; 0..1) with these changes of `light_changes`."""
     mean = patches.mean(dim=(1, 2, 3), keepdim=True)
-    # (x - mean) (1 + contrast) + mean (1 + brightness), gathered so that the pixels are passed over once
-    return torch.addcmul(mean * (brightness * light - contrast * spread), patches, 1 + contrast * spread).clamp_(0, 1)
+    # (x - mean) (1 + spread) + mean (1 + light), gathered so that the pixels are passed over once
+    return torch.addcmul(mean * (light - spread), patches, 1 + spread).clamp_(0, 1)
 
 
 def jitter_focus(patches: Tensor, generator: torch.Generator, blur: float, sharpen: float) -> Tensor:
     """Mix each patch with its 5x5 binomial blur: from `sharpen` times the detail added to `blur` times removed."""
-    row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=patches.device) / 16
-    kernel = torch.outer(row, row).expand(3, 1, 5, 5)
-    blurred = F.conv2d(F.pad(patches, (2, 2, 2, 2), mode="reflect"), kernel, groups=3)
+    return refocus(patches, focus_shares(patches, generator, blur, sharpen))
+
+
+def focus_shares(patches: Tensor, generator: torch.Generator, blur: float, sharpen: float) -> Tensor:
+    """A random share of the fine detail to remove per patch, (B, 1, 1, 1); below 0 it is added."""
     share = _uniform(patches, generator, 1).view(-1, 1, 1, 1)
-    share = torch.where(share > 0, share * blur, share * sharpen)
-    return torch.lerp(patches, blurred, share).clamp_(0, 1)
+    return torch.where(share > 0, share * blur, share * sharpen)
+
+
+def refocus(patches: Tensor, shares: Tensor) -> Tensor:
+    """The patches (B, 3, H, W; 0..1) with these shares of their 5x5 binomial blur."""
+    blurred = F.pad(patches, (2, 2, 2, 2), mode="reflect")
+    for axis in (3, 2):  # sums of shifted pictures: a convolution of three channels is several times slower
+        a, b, c, d, e = (blurred.narrow(axis, start, patches.shape[axis]) for start in range(5))
+        blurred = torch.add(a + e, b + d, alpha=4).add_(c, alpha=6).mul_(1 / 16)
+    return torch.lerp(patches, blurred, shares).clamp_(0, 1)
 
 
 def _uniform(patches: Tensor, generator: torch.Generator, rows: int) -> Tensor:
@@ -110,11 +145,19 @@ def located_view(
 
 def _training_view(patches, generator, stain, light, focus) -> tuple[Tensor, Tensor]:
     matrices = affine_matrices(patches, generator, degrees=180, scale=0.15, shift=0.05)
-    views = warp(to_float(patches), matrices)
+    changes = [(warp, (matrices,))]
     if stain:
-        views = jitter_stain(views, generator, stain, stain / 4)
+        changes.append((mix_stains, stain_mixtures(patches, generator, stain, stain / 4)))
     if light:
-        views = jitter_light(views, generator, light, light)
+        changes.append((relight, light_changes(patches, generator, light, light)))
     if focus:
-        views = jitter_focus(views, generator, focus, focus / 2)
+        changes.append((refocus, (focus_shares(patches, generator, focus, focus / 2),)))
+    views = torch.empty(patches.shape, device=patches.device, memory_format=torch.channels_last)
+    at_once = CACHED * torch.get_num_threads() if patches.device.type == "cpu" else max(1, len(patches))
+    for start in range(0, len(patches), at_once):
+        part = slice(start, start + at_once)
+        view = patches[part].float().div_(255)
+        for change, drawn in changes:
+            view = change(view, *(of_patch[part] for of_patch in drawn))
+        views[part] = view
     return views, matrices

@@ -99,7 +99,8 @@ def load_backbone_weights(network: SearchNetwork, path: Path) -> None:
 @torch.no_grad()
 def update_average(average: SearchNetwork, network: SearchNetwork, decay: float) -> None:
     """Move the running average of the weights towards the network's: average <- decay average + (1 - decay) weights."""
-    for mean, now in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
+    of_average, of_network = (itertools.chain(each.parameters(), each.buffers()) for each in (average, network))
+    for mean, now in zip(of_average, of_network, strict=True):
         if mean.is_floating_point():
             mean.lerp_(now, 1 - decay)
         else:

@@ -1,7 +1,9 @@
 """Random views stay pictures of the same patch."""
 
 import torch
+import torch.nn.functional as F
 
+from dasc import augment
 from dasc.augment import (
     affine,
     affine_matrices,
@@ -10,6 +12,7 @@ from dasc.augment import (
     jitter_light,
     jitter_stain,
     located_view,
+    refocus,
     to_float,
     training_view,
     warp,
@@ -36,6 +39,29 @@ def test_views_have_the_same_shape_and_range_and_differ():
 def test_same_generator_same_views():
     first, second = (training_view(patches(), generator(), 0.2, 0.2, 0.8) for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_views_do_not_depend_on_how_many_are_made_together(monkeypatch):
+    source = patches(50)
+    views = training_view(source, generator(), 0.2, 0.2, 0.8)
+    monkeypatch.setattr(augment, "CACHED", 3)
+    assert torch.allclose(training_view(source, generator(), 0.2, 0.2, 0.8), views, atol=1e-5)
+
+
+def test_warp_is_torchs_affine_grid():
+    source = to_float(patches())
+    matrices = affine_matrices(source, generator(), 180, 0.15, 0.05)
+    grid = F.affine_grid(matrices, list(source.shape), align_corners=False)
+    expected = F.grid_sample(source, grid, padding_mode="reflection", align_corners=False)
+    assert torch.allclose(warp(source, matrices), expected, atol=1e-4)
+
+
+def test_focus_is_a_binomial_convolution():
+    source = to_float(patches())
+    row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+    kernel = torch.outer(row, row).expand(3, 1, 5, 5)
+    blurred = F.conv2d(F.pad(source, (2, 2, 2, 2), mode="reflect"), kernel, groups=3)
+    assert torch.allclose(refocus(source, torch.ones(len(source), 1, 1, 1)), blurred, atol=1e-6)
 
 
 def test_strength_zero_changes_nothing():
