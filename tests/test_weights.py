@@ -14,7 +14,7 @@ WEIGHTS = ROOT / "weights" / "dasc_mitos.pt"
 def test_file_is_small_and_holds_what_predicting_needs():
     assert WEIGHTS.stat().st_size < 12e6
     network, config = load_network(WEIGHTS, torch.device("cpu"))
-    assert (config["patch_size"], config["um_per_px"], config["normalise_stain"]) == (64, 0.25, True)
+    assert (config["patch_size"], config["um_per_px"], config["normalise_stain"]) == (96, 0.167, True)
     assert 0 < config["threshold"] < 1 and config["temperature"] > 0
     assert all(torch.isfinite(value).all() for value in network.state_dict().values())
 
