@@ -23,11 +23,11 @@ resume = $(if $(wildcard $(R14)/$(1)/last.pt),--resume)
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet --no-compile -r requirements.txt
+	$(RUN) -m pip install --quiet -r requirements.txt
 	touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
-	$(RUN) -m pip install --quiet --no-compile -r requirements-dev.txt
+	$(RUN) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
 demo: .venv/installed
