@@ -5,6 +5,7 @@ and threshold of a model that was trained the same way without some cases, judge
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from dasc.training import threshold_on_val
 
 
 def decided_on(model_path: Path, cut_folder: Path, cases: list[str], reliability_path: Path) -> dict:
-    """Calibration, threshold and val_curve of a model on all fields of these cases, as stage 2 makes them of val."""
+    """Calibration, threshold and val_curve of a model on all fields of these cases, as its stage 2 made them of val."""
     network, config = load_network(model_path, torch.device("cpu"))
     data_root, fields, annotations = read_cut_fields(cut_folder)
     fields["split"] = fields["case"].isin(cases).map({True: "val", False: "train"})
-    settings = {"batch_size": 256, "per_mm2": 3000.0, "match_um": 7.5, "views": 8}
+    stage_2 = json.loads(model_path.with_name("run.json").read_text(encoding="utf-8"))["arguments"]
+    settings = {name: stage_2[name] for name in ("batch_size", "per_mm2", "match_um", "views")}
     facts, curve = threshold_on_val(
         network, config, data_root, fields, annotations, reliability_path=reliability_path, **settings
     )
