@@ -2,8 +2,8 @@
 # make test   lint and all tests
 # make mitos14 DATA=folder   the pipeline on MITOS-ATYPIA-14, less than an hour on 2 cores
 PYTHON ?= python3
-BIN := .venv/bin
-RUN := $(BIN)/python
+RUN := .venv/bin/python
+INSTALL = $(PYTHON) -m venv .venv && $(RUN) -m pip install --quiet --disable-pip-version-check
 LIGHT := --backbone resnet10t --pretrained False --lr 1e-3
 
 
@@ -21,14 +21,12 @@ resume = $(if $(wildcard $(R14)/$(1)/last.pt),--resume)
 .PHONY: demo mitos14 test clean
 
 .venv/installed: requirements.txt
-	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet -r requirements.txt
+	$(INSTALL) -r $<
 	touch $@
 
-.venv/installed-dev: .venv/installed requirements-dev.txt
-	$(RUN) -m pip install --quiet -r requirements-dev.txt
-	touch $@
+.venv/installed-dev: requirements-dev.txt requirements.txt
+	$(INSTALL) -r $<
+	touch .venv/installed $@
 
 demo: .venv/installed
 	$(RUN) pre/make_sample.py
