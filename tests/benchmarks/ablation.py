@@ -10,7 +10,7 @@ levels       stage 8 on SCL.csv of stage 7, classification loss by level only
 full         stage 8 as it is
 
 Flipped are labels of annotated nuclei of the training fields, mitoses and look-alikes; val and test keep theirs.
-Every arm is shown about as many patches.
+Every arm but the first is shown as many patches, however many of them stay.
 Writes ablation.csv and ablation.png, named after the seeds.
 """
 
@@ -60,9 +60,10 @@ def at_most(folder: Path, most: int, seed: int) -> Path:
     return folder / "drawn.csv"
 
 
-def epochs(manifest: Path, visits: int, least: int) -> int:
-    """Passes over the training patches of a manifest that show about this many patches."""
-    return max(least, round(visits / (read_patches(manifest)["split"] == "train").sum()))
+def epochs(table: Path, visits: int, least: int) -> int:
+    """Passes over the training patches of a manifest, or over the patches of SCL.csv, that show about this many."""
+    rows = pd.read_csv(table)
+    return max(least, round(visits / (len(rows) if "split" not in rows else (rows["split"] == "train").sum())))
 
 
 def without_noisy(manifest: Path, hard: Path) -> Path:
@@ -103,9 +104,8 @@ def chain(home: Path, share: float, seed: int, args: argparse.Namespace) -> None
     search = ["--fp_mdoel", "True", "--model_path", home / "random/model.pt"]
     run(patches, "pre/cut_patch_2.py", *cut, *search, "--out", patches)
     manifest = at_most(patches, args.most_negatives, seed)
-    passes = epochs(manifest, args.visits, 5)
-    train += ["--epochs", passes]
-    run(home / "searched/model.pt", "NS/sigle.py", *train, "--manifest", manifest, "--out", home / "searched")
+    flags = [*train, "--epochs", epochs(manifest, args.visits, 5), "--manifest", manifest]
+    run(home / "searched/model.pt", "NS/sigle.py", *flags, "--out", home / "searched")
 
     memory = home / "memory_units"
     schedule = [
@@ -123,15 +123,17 @@ def chain(home: Path, share: float, seed: int, args: argparse.Namespace) -> None
     between = ["--manifest", manifest, "--seed", seed]
     run(memory / "hard.csv", "clus_hard.py", *between, "--memory", memory / "memory.csv", "--out", memory)
     kept = without_noisy(manifest, memory / "hard.csv")
-    run(home / "memory/model.pt", "NS/sigle.py", *train, "--manifest", kept, "--out", home / "memory")
+    flags = [*train, "--epochs", epochs(kept, args.visits, 5), "--manifest", kept]
+    run(home / "memory/model.pt", "NS/sigle.py", *flags, "--out", home / "memory")
 
     levels = [*network, "--lr", args.memory_lr, "--epochs", args.level_epochs, "--seen_after", args.level_epochs // 4]
     flags = [*levels, "--manifest", manifest, "--hard", memory / "hard.csv", "--out", memory]
     run(memory / "checked.csv", "DMU/hard_main.py", *flags)
     tables = [flag for name in ("memory", "hard", "checked") for flag in (f"--{name}", memory / f"{name}.csv")]
     run(memory / "SCL.csv", "clus_scl.py", *tables, "--out", memory)
-    scl = [*train, "--manifest", manifest, "--scl", memory / "SCL.csv"]
-    scl += ["--warmup", passes // 5, "--cluster_every", max(1, passes // 5)]
+    passes = epochs(memory / "SCL.csv", args.visits, 5)
+    scl = [*train, "--epochs", passes, "--manifest", manifest, "--scl", memory / "SCL.csv"]
+    scl += ["--warmup", passes // 5, "--cluster_every", passes // 5]
     alone = ["--contrastive_weight", 0, "--localisation_weight", 0]
     run(home / "levels/model.pt", "DMU/hard_scl_main.py", *scl, *alone, "--out", home / "levels")
     run(home / "full/model.pt", "DMU/hard_scl_main.py", *scl, "--out", home / "full")
