@@ -188,7 +188,7 @@ if __name__ == "__main__":
     parser.add_argument("--stride", type=int, default=32)
     parser.add_argument("--lr", type=float, default=5e-4, help="of stages 2 and 8")
     parser.add_argument("--most_negatives", type=int, default=1500, help="searched and random ones, in training")
-    parser.add_argument("--visits", type=int, default=24000, help="patches shown in the training of each arm")
+    parser.add_argument("--visits", type=int, default=40000, help="patches shown in the training of each arm")
     parser.add_argument("--search_visits", type=int, default=12000, help="of the first arm, which has fewer patches")
     parser.add_argument("--memory_lr", type=float, default=3e-4, help="of stages 4 and 6")
     parser.add_argument("--memory_visits", type=int, default=16000, help="of stage 4, which looks at each twice")
