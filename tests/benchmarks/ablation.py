@@ -10,7 +10,7 @@ levels       stage 8 on SCL.csv of stage 7, classification loss by level only
 full         stage 8 as it is
 
 Flipped are labels of annotated nuclei of the training fields, mitoses and look-alikes; val and test keep theirs.
-Every arm but the first is shown as many patches, however many of them stay.
+Every arm but the first is shown the same number of patches, however many of them stay.
 Writes ablation.csv and ablation.png, named after the seeds.
 """
 
