@@ -87,7 +87,7 @@ def chain(home: Path, share: float, seed: int, args: argparse.Namespace) -> None
         "--patch_size",
         args.patch_size,
         "--shifts",
-        0,
+        args.shifts,
         "--seed",
         seed,
     ]
@@ -186,6 +186,7 @@ if __name__ == "__main__":
     parser.add_argument("--init_weights", default="data/lite0.pt", help="see lite0_weights.py")
     parser.add_argument("--patch_size", type=int, default=64)
     parser.add_argument("--stride", type=int, default=32)
+    parser.add_argument("--shifts", type=int, default=0, help="shifted copies of every mitosis, as of stage 1")
     parser.add_argument("--lr", type=float, default=5e-4, help="of stages 2 and 8")
     parser.add_argument("--most_negatives", type=int, default=1500, help="searched and random ones, in training")
     parser.add_argument("--visits", type=int, default=40000, help="patches shown in the training of each arm")
