@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[2]
+ARMS = ("random", "searched", "searched and annotated")
 
 
 def run(result: Path, script: str, *flags: object) -> None:
@@ -37,6 +38,7 @@ if __name__ == "__main__":
     parser.add_argument("--stride", type=int, default=32)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--epochs", type=int, nargs=2, default=[20, 10], help="of the first training and the others")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="the first one searches for the others")
     args = parser.parse_args()
     data = ["--dataset", "mitos14", "--data_root", args.data_root, "--val", args.val, "--test", args.test]
     rows = []
@@ -46,12 +48,13 @@ if __name__ == "__main__":
         train = ["--backbone", args.backbone, "--init_weights", args.init_weights, "--stride", args.stride]
         train += ["--lr", args.lr, "--seed", seed]
         search = ["--fp_mdoel", "True", "--model_path", home / "random/model.pt"]
-        arms = {
+        settings = {
             "random": (["--hard_negatives", "False"], args.epochs[0]),
             "searched": (["--hard_negatives", "False", *search], args.epochs[1]),
             "searched and annotated": (search, args.epochs[1]),
         }
-        for arm, (negatives, epochs) in arms.items():
+        for arm in args.arms:
+            negatives, epochs = settings[arm]
             folder = home / arm.replace(" ", "_")
             patches = home / f"patches_{folder.name}"
             run(patches, "pre/cut_patch_2.py", *cut, *negatives, "--out", patches)
