@@ -38,8 +38,10 @@ if __name__ == "__main__":
     parser.add_argument("--stride", type=int, default=32)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--epochs", type=int, nargs=2, default=[20, 10], help="of the first training and the others")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="the first one searches for the others")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="random's network searches for the rest")
     args = parser.parse_args()
+    if args.arms[0] != "random":
+        parser.error("--arms: random comes first, its network searches for the others")
     data = ["--dataset", "mitos14", "--data_root", args.data_root, "--val", args.val, "--test", args.test]
     rows = []
     for seed in args.seeds:
