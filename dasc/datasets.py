@@ -339,7 +339,11 @@ def _table_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dic
     try:
         missing = [column for column in columns if column not in (reader.fieldnames or ())]
         if missing:
-            raise InputError(f"{path}: column {', '.join(missing)} is missing; expected {', '.join(columns)}")
+            found = ",".join(reader.fieldnames or ())  # shows the semicolons that spreadsheets write in half of Europe
+            raise InputError(
+                f"{path}: column {', '.join(missing)} is missing; expected {','.join(columns)}, separated by commas; "
+                f"found {found[:200]!r}"
+            )
         for row in reader:
             where = f"{path}, line {reader.line_num}"
             if None in row or None in row.values():

@@ -385,6 +385,8 @@ def test_table_with_missing_parts(tmp_path):
     fails("table", root, "annotations.csv", "y_px is missing")
     write(root / "annotations.csv", "")
     fails("table", root, "image, x_px, y_px, label is missing")
+    write(root / "annotations.csv", "image;x_px;y_px;label\na;1,5;2;1\n")
+    fails("table", root, "separated by commas", "found 'image;x_px;y_px;label'")
     (root / "annotations.csv").unlink()
     fails("table", root, "annotations.csv", "no such file")
 
