@@ -3,7 +3,7 @@
 Reads images (whole slides of OpenSlide's formats, TIFF, PNG, JPEG, BMP) and a model.pt of stage 2 or 8.
 Writes OUT/detections.csv, counts.csv (mitoses, density and hotspot of every image), report.html and run.json; per image
 a QuPath GeoJSON, mitotic-figures.json, scan.json to resume from and an overlay PNG, for a slide tissue.png instead;
-with a dataset metrics.json and metrics_per_field.csv too.
+with a dataset metrics.json, metrics_per_field.csv, curve.csv and curve.png (what other thresholds would give) too.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from dasc.calibration import UNCALIBRATED, resolve_threshold
 from dasc.datasets import READERS, drop_outside, read_dataset
 from dasc.export import write_counts, write_detections, write_geojson, write_mitotic_figures
 from dasc.fields import choose_resolution, find_images
-from dasc.figures import overlay, write_png
+from dasc.figures import overlay, precision_recall, write_png
 from dasc.image_scan import count_mitoses, find_mitoses, look_over
-from dasc.metrics import evaluate
+from dasc.metrics import evaluate, threshold_curve
 from dasc.network import load_network
 from dasc.report import report_entry, write_report
 from dasc.run import (
@@ -170,14 +170,24 @@ def predict(
     write_detections(out / "detections.csv", detections)
     write_counts(out / "counts.csv", counts)
     judged = ""
+    for name in ("metrics.json", "metrics_per_field.csv", "curve.csv", "curve.png"):
+        (out / name).unlink(missing_ok=True)  # an earlier run's, which these detections were not judged by
     if annotations is not None:
         resolutions = dict(zip(counts["image"], counts["um_per_px"], strict=True))
         metrics, per_field = evaluate(annotations, detections, resolutions, threshold, args.match, seed=args.seed)
-        write_json(out / "metrics.json", {**metrics, "model_sha256": model_sha256})
-        write_csv(out / "metrics_per_field.csv", per_field)
-        judged = "F1 {f1:.3f} ({f1_low:.3f}-{f1_high:.3f}), precision {precision:.3f}, recall {recall:.3f}\n".format(
+        judged = "F1 {f1:.3f} ({f1_low:.3f}-{f1_high:.3f}), precision {precision:.3f}, recall {recall:.3f}".format(
             **metrics
         )
+        if args.match == "um":  # the curve is matched one to one
+            best, curve = threshold_curve(annotations, detections, resolutions)
+            metrics |= {"best_f1": float(curve["f1"].max()) if len(curve) else 0.0, "best_threshold": best}
+            judged += (
+                f" at threshold {threshold:.3f}; in hindsight F1 {metrics['best_f1']:.3f} at {best:.3f} (curve.csv)"
+            )
+            write_csv(out / "curve.csv", curve.round(6))
+            precision_recall(out / "curve.png", curve, threshold)
+        write_json(out / "metrics.json", {**metrics, "model_sha256": model_sha256})
+        write_csv(out / "metrics_per_field.csv", per_field)
     run = record_run(
         out,
         args,
@@ -192,7 +202,9 @@ def predict(
         calibration = "probabilities calibrated on val" if calibrated else "probabilities not calibrated"
         write_report(out / "report.html", entries, skipped, threshold, calibration, run)
     print(summary(counts, skipped))
-    print(f"{judged}detections, tables and report.html are in {out}; {len(skipped)} images skipped")
+    if judged:
+        print(judged)
+    print(f"detections, tables and report.html are in {out}; {len(skipped)} images skipped")
     return 1 if skipped else 0
 
 

@@ -42,6 +42,23 @@ def test_dataset_is_judged(small_run, judged):
     assert f"F1 {metrics['f1']:.3f}" in done.out
 
 
+def test_curve_tells_what_other_thresholds_give(small_run, judged, tmp_path):
+    out, done = judged
+    curve, metrics = pd.read_csv(out / "curve.csv"), json.loads((out / "metrics.json").read_text())
+    assert curve["f1"].max() == pytest.approx(metrics["best_f1"], abs=1e-6) and metrics["best_f1"] >= metrics["f1"]
+    at = curve[curve["threshold"] >= metrics["threshold"]].iloc[-1]
+    assert (at[["precision", "recall"]] - [metrics["precision"], metrics["recall"]]).abs().max() < 1e-6
+    best = metrics["best_threshold"]
+    assert f"{metrics['best_f1']:.3f} at {best:.3f}" in done.out and (out / "curve.png").is_file()
+    flags = ["--dataset", "sample", "--data_root", small_run / "sample", "--overlays", "False", "--report", "False"]
+    succeed("predict.py", *model(small_run), *flags, "--threshold", best, "--out", tmp_path)
+    again = json.loads((tmp_path / "metrics.json").read_text())
+    assert again["f1"] == pytest.approx(metrics["best_f1"])
+    succeed("predict.py", *model(small_run), *flags, "--match", "uts", "--out", tmp_path)
+    assert "best_f1" not in json.loads((tmp_path / "metrics.json").read_text())
+    assert not (tmp_path / "curve.csv").exists()  # the run before this one wrote it
+
+
 def test_every_output_tells_the_same(judged):
     out, _ = judged
     detections = pd.read_csv(out / "detections.csv", dtype={"image": str})
