@@ -1,7 +1,8 @@
 """Stage 4 of 9: train the dual network and let the memory units watch every training patch.
 
 Reads patches.csv and the training patches of stage 3 (or 1). Writes OUT/memory.csv (one row per training patch, in the
-manifest's order), model.pt (last epoch), log.csv, curves.png, run.json and, to resume from, last.pt.
+manifest's order; shifted copies have that of their mitosis), model.pt (last epoch), log.csv, curves.png, run.json and,
+to resume from, last.pt.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from dasc.run import (
     true_or_false,
     write_csv,
 )
+from dasc.splits import nucleus_of
 from dasc.training import check_batch
 from dasc.views import strong_view, weak_view
 
@@ -240,12 +242,17 @@ def shares(state: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
 
 
 def memory_table(train: pd.DataFrame, memory: Memory, units: Settings) -> pd.DataFrame:
-    """memory.csv: a row per training patch, in the manifest's order."""
+    """memory.csv: a row per training patch, in the manifest's order; a shifted copy has the memory of its mitosis.
+
+    Only mitoses have shifted copies, so that a nucleus out of the middle gives the label away: copies with a wrong
+    label were called clean far oftener than the patch they were made of (docs/measured.md).
+    """
     columns = {name: getattr(memory, name) for name in (*STATES, "learned", "forgotten")}
     columns |= {f"confidence_{view}": row for view, row in zip(VIEWS, thresholds(memory, units), strict=True)}
     columns |= {"centroid_distance": memory.distance, "noise_score": noise_score(memory)}
-    numbers = pd.DataFrame({name: tensor.numpy() for name, tensor in columns.items()})
-    return pd.concat([train[["patch", "label", "origin"]], numbers], axis=1).round(6)
+    numbers = pd.DataFrame({name: tensor.numpy() for name, tensor in columns.items()}, index=train["patch"])
+    of_nucleus = numbers.loc[nucleus_of(train)].reset_index(drop=True)
+    return pd.concat([train[["patch", "label", "origin"]], of_nucleus], axis=1).round(6)
 
 
 if __name__ == "__main__":

@@ -104,14 +104,11 @@ def draw_slides(labels: np.ndarray, cases: np.ndarray, folds: int, seed: int) ->
     return sides
 
 
-def draw_share(train: pd.DataFrame, share: float, share_of: str, seed: int) -> pd.Series:
-    """Which training patches stay when only a share is annotated: bool, with the index of `train`.
-
-    The shifted copies of a mitosis stay or go with it. A smaller share of the same seed lies inside a larger one.
+def nucleus_of(train: pd.DataFrame) -> pd.Series:
+    """The patch that stands for each patch's nucleus: of a shifted copy its mitosis, of any other patch itself.
 
     Args:
-        train: rows of patches.csv. share: above 0, to 1; of each label at least one patch stays.
-        share_of: all, or positives (every negative stays).
+        train: rows of patches.csv. A copy belongs to the annotated mitosis nearest to it, or to itself without one.
     """
     owner = train["patch"].copy()
     copies = train["origin"] == "shifted"
@@ -121,6 +118,19 @@ def draw_share(train: pd.DataFrame, share: float, share_of: str, seed: int) -> p
             continue
         nearest = cKDTree(annotated[["x_px", "y_px"]]).query(moved[["x_px", "y_px"]])[1]
         owner[moved.index] = annotated["patch"].to_numpy()[nearest]
+    return owner
+
+
+def draw_share(train: pd.DataFrame, share: float, share_of: str, seed: int) -> pd.Series:
+    """Which training patches stay when only a share is annotated: bool, with the index of `train`.
+
+    The shifted copies of a mitosis stay or go with it. A smaller share of the same seed lies inside a larger one.
+
+    Args:
+        train: rows of patches.csv. share: above 0, to 1; of each label at least one patch stays.
+        share_of: all, or positives (every negative stays).
+    """
+    owner = nucleus_of(train)
     kept = pd.Series(True, index=train.index)
     for label in (0, 1) if share_of == "all" else (1,):
         members = owner[train["label"] == label]

@@ -11,6 +11,7 @@ from pipeline import LIGHT, fails, succeed
 
 from dasc.dual import DualNetwork
 from dasc.network import SearchNetwork, read_checkpoint
+from dasc.splits import nucleus_of
 
 SHORT = ["--epochs", 3, "--count_after", 1, "--warmup", 1]
 COLUMNS = ["patch", "label", "origin", "clean", "hard", "noisy", "learned", "forgotten", "confidence_weak"]
@@ -40,6 +41,20 @@ def test_memory_has_every_training_patch_in_order(small_run, finished):
     for column in ("confidence_weak", "confidence_strong", "confidence_fused", "centroid_distance", "noise_score"):
         assert memory[column].between(0, 1).all() and memory[column].nunique() > len(memory) / 4
     assert f"{(train['label'] == 1).sum()} patches" in done.out
+
+
+def test_shifted_copies_have_the_memory_of_their_mitosis(small_run, finished):
+    memory = pd.read_csv(finished[0] / "memory.csv").set_index("patch")
+    train = pd.read_csv(small_run / "patches/patches.csv").query("split == 'train'")
+    owner = nucleus_of(train)
+    copies = train["origin"] == "shifted"
+    numbers = [column for column in COLUMNS if column not in ("patch", "label", "origin")]
+    assert (
+        copies.sum() == 3 * (train["origin"] == "annotated").sum() and (owner[copies] != train["patch"][copies]).all()
+    )
+    assert (memory.loc[train["patch"], numbers].to_numpy() == memory.loc[owner, numbers].to_numpy()).all()
+    mitoses = memory[memory["origin"] == "annotated"]
+    assert mitoses["noise_score"].nunique() > len(mitoses) / 2
 
 
 def test_log_curves_and_checkpoint(finished):
