@@ -20,7 +20,7 @@ from dasc.export import write_counts, write_detections, write_geojson, write_mit
 from dasc.fields import choose_resolution, find_images
 from dasc.figures import overlay, precision_recall, write_png
 from dasc.image_scan import count_mitoses, find_mitoses, look_over
-from dasc.metrics import evaluate, threshold_curve
+from dasc.metrics import RADIUS_UM, choose_threshold, evaluate, fields_in_um
 from dasc.network import load_network
 from dasc.report import report_entry, write_report
 from dasc.run import (
@@ -169,25 +169,7 @@ def predict(
     detections, counts = pd.concat(tables, ignore_index=True), pd.DataFrame(counts).assign(model_sha256=model_sha256)
     write_detections(out / "detections.csv", detections)
     write_counts(out / "counts.csv", counts)
-    judged = ""
-    for name in ("metrics.json", "metrics_per_field.csv", "curve.csv", "curve.png"):
-        (out / name).unlink(missing_ok=True)  # an earlier run's, which these detections were not judged by
-    if annotations is not None:
-        resolutions = dict(zip(counts["image"], counts["um_per_px"], strict=True))
-        metrics, per_field = evaluate(annotations, detections, resolutions, threshold, args.match, seed=args.seed)
-        judged = "F1 {f1:.3f} ({f1_low:.3f}-{f1_high:.3f}), precision {precision:.3f}, recall {recall:.3f}".format(
-            **metrics
-        )
-        if args.match == "um":  # the curve is matched one to one
-            best, curve = threshold_curve(annotations, detections, resolutions)
-            metrics |= {"best_f1": float(curve["f1"].max()) if len(curve) else 0.0, "best_threshold": best}
-            judged += (
-                f" at threshold {threshold:.3f}; in hindsight F1 {metrics['best_f1']:.3f} at {best:.3f} (curve.csv)"
-            )
-            write_csv(out / "curve.csv", curve.round(6))
-            precision_recall(out / "curve.png", curve, threshold)
-        write_json(out / "metrics.json", {**metrics, "model_sha256": model_sha256})
-        write_csv(out / "metrics_per_field.csv", per_field)
+    judged = judge(out, annotations, detections, counts, threshold, args, model_sha256)
     run = record_run(
         out,
         args,
@@ -206,6 +188,35 @@ def predict(
         print(judged)
     print(f"detections, tables and report.html are in {out}; {len(skipped)} images skipped")
     return 1 if skipped else 0
+
+
+def judge(
+    out: Path, annotations: pd.DataFrame | None, detections: pd.DataFrame, counts: pd.DataFrame, threshold, args, model
+) -> str:
+    """Write how good the detections are, where there are annotations; what to print of it.
+
+    An earlier run's files that these detections were not judged by go.
+    """
+    stale, judged = {"metrics.json", "metrics_per_field.csv", "curve.csv", "curve.png"}, ""
+    if annotations is not None:
+        resolutions = dict(zip(counts["image"], counts["um_per_px"], strict=True))
+        metrics, per_field = evaluate(annotations, detections, resolutions, threshold, args.match, seed=args.seed)
+        judged = "F1 {f1:.3f} ({f1_low:.3f}-{f1_high:.3f}), precision {precision:.3f}, recall {recall:.3f}".format(
+            **metrics
+        )
+        if args.match == "um":  # the curve is matched one to one
+            best, curve = choose_threshold(fields_in_um(annotations, detections, resolutions), RADIUS_UM)
+            metrics |= {"best_f1": float(curve["f1"].max()) if len(curve) else 0.0, "best_threshold": best}
+            judged += f" at threshold {threshold:.3f}; in hindsight F1 {metrics['best_f1']:.3f} at {best:.3f}"
+            write_csv(out / "curve.csv", curve.round(6))
+            precision_recall(out / "curve.png", curve, threshold)
+            stale -= {"curve.csv", "curve.png"}
+        write_json(out / "metrics.json", {**metrics, "model_sha256": model})
+        write_csv(out / "metrics_per_field.csv", per_field)
+        stale -= {"metrics.json", "metrics_per_field.csv"}
+    for name in stale:
+        (out / name).unlink(missing_ok=True)
+    return judged
 
 
 def image_fields(paths: list[str]) -> tuple[pd.DataFrame, None]:

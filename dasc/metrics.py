@@ -178,17 +178,17 @@ def evaluate(
     return figures | {"threshold": float(threshold), "match": match}, per_field
 
 
-def threshold_curve(
-    annotations: pd.DataFrame, detections: pd.DataFrame, um_per_px: Mapping[str, float], radius_um: float = RADIUS_UM
-) -> tuple[float, pd.DataFrame]:
-    """`choose_threshold` on the tables that `evaluate` takes: in hindsight, what any threshold would have given."""
+def fields_in_um(
+    annotations: pd.DataFrame, detections: pd.DataFrame, um_per_px: Mapping[str, float]
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The tables that `evaluate` takes as the fields, in um, that `choose_threshold` takes."""
     truth_of, detected_of = (dict(list(table.groupby("image"))) for table in (annotations, detections))
     fields = []
     for image, resolution in um_per_px.items():
         truth, detected = truth_of.get(image, annotations[:0]), detected_of.get(image, detections[:0])
         places = [table[["x_px", "y_px"]].to_numpy(np.float64) * resolution for table in (truth, detected)]
         fields.append((*places, detected["probability"].to_numpy()))
-    return choose_threshold(fields, radius_um)
+    return fields
 
 
 def _points(points: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from dasc.datasets import read_dataset
-from dasc.metrics import RADIUS_UM, choose_threshold, counts_to_scores, match_detections, threshold_curve
+from dasc.metrics import RADIUS_UM, choose_threshold, counts_to_scores, fields_in_um, match_detections
 
 
 def pooled_f1(fields: list[tuple], threshold: float) -> float:
@@ -44,13 +44,8 @@ if __name__ == "__main__":
         detections = pd.read_csv(folder / "detections.csv", dtype={"image": str})
         resolutions = pd.read_csv(folder / "counts.csv", dtype={"image": str}).set_index("image")["um_per_px"]
         own = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["threshold"]
-        best = threshold_curve(mitoses, detections, resolutions)[1]["f1"].max()
-        fields = []
-        for image, um_per_px in resolutions.items():
-            here = detections[detections["image"] == image]
-            truth_px = mitoses.loc[mitoses["image"] == image, ["x_px", "y_px"]].to_numpy()
-            places_um = truth_px * um_per_px, here[["x_px", "y_px"]].to_numpy() * um_per_px
-            fields.append((*places_um, here["probability"].to_numpy()))
+        fields = fields_in_um(mitoses, detections, resolutions)
+        best = choose_threshold(fields, RADIUS_UM)[1]["f1"].max()
         rng = np.random.default_rng(args.seed)
         for number in args.fields:
             counted, models = [], []
