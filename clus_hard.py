@@ -14,15 +14,10 @@ from matplotlib.figure import Figure
 
 from dasc.difficulty import VERDICTS, difficulty_levels, forget_rate, join_by_patch, read_memory, verdicts
 from dasc.figures import contact_sheet
+from dasc.files import replacing, write_csv
 from dasc.manifest import LABELS, read_patches
 from dasc.patches import load_patches
-from dasc.run import (
-    positive,
-    record_run,
-    replacing,
-    run_script,
-    write_csv,
-)
+from dasc.run import positive, record_run, run_script
 
 # Edit here, or override one run with the flag of the same name.
 MEMORY = "results/DMU/memory.csv"  # memory units of stage 4

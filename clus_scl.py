@@ -12,8 +12,10 @@ import numpy as np
 import pandas as pd
 
 from dasc.difficulty import join_by_patch, read_checked, read_hard, read_memory, validated
+from dasc.errors import InputError
+from dasc.files import write_csv
 from dasc.manifest import LABELS
-from dasc.run import InputError, positive, record_run, run_script, write_csv
+from dasc.run import positive, record_run, run_script
 
 # Edit here, or override one run with the flag of the same name.
 MEMORY = "results/DMU/memory.csv"  # memory units of stage 4

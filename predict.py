@@ -16,26 +16,16 @@ from tqdm import tqdm
 
 from dasc.calibration import UNCALIBRATED, resolve_threshold
 from dasc.datasets import READERS, drop_outside, read_dataset
+from dasc.errors import InputError, WriteError
 from dasc.export import write_counts, write_detections, write_geojson, write_mitotic_figures
 from dasc.fields import choose_resolution, find_images
 from dasc.figures import overlay, precision_recall, write_png
+from dasc.files import file_name, sha256, write_csv, write_json
 from dasc.image_scan import count_mitoses, find_mitoses, look_over
 from dasc.metrics import RADIUS_UM, choose_threshold, evaluate, fields_in_um
 from dasc.network import load_network
 from dasc.report import report_entry, write_report
-from dasc.run import (
-    InputError,
-    WriteError,
-    file_name,
-    pick_device,
-    positive,
-    record_run,
-    run_script,
-    sha256,
-    true_or_false,
-    write_csv,
-    write_json,
-)
+from dasc.run import pick_device, positive, record_run, run_script, true_or_false
 from dasc.slides import Slide, open_slide
 from dasc.splits import parse_cases
 

@@ -20,21 +20,13 @@ from tqdm import tqdm
 
 from dasc.augment import training_view
 from dasc.difficulty import CHECKED_COLUMNS, join_by_patch, read_hard, validated
+from dasc.errors import InputError
 from dasc.figures import curves
+from dasc.files import save_checkpoint, sha256, write_csv
 from dasc.manifest import LABELS, read_patches
 from dasc.network import SearchNetwork, load_backbone_weights, read_tensors
 from dasc.patches import load_patches
-from dasc.run import (
-    InputError,
-    pick_device,
-    positive,
-    record_run,
-    run_script,
-    save_checkpoint,
-    sha256,
-    true_or_false,
-    write_csv,
-)
+from dasc.run import pick_device, positive, record_run, run_script, true_or_false
 from dasc.training import batches, check_batch
 
 # Edit here, or override one run with the flag of the same name.

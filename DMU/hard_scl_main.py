@@ -25,7 +25,9 @@ from dasc.augment import located_view
 from dasc.clusters import concentration, subclasses
 from dasc.detect import embed_patches, score_patches
 from dasc.difficulty import join_by_patch, read_scl
+from dasc.errors import InputError
 from dasc.figures import contact_sheet, curves, precision_recall
+from dasc.files import replacing, save_checkpoint, sha256, write_csv
 from dasc.losses import (
     graded_cross_entropy,
     localisation,
@@ -44,18 +46,7 @@ from dasc.network import (
     update_average,
 )
 from dasc.patches import load_patches
-from dasc.run import (
-    InputError,
-    pick_device,
-    positive,
-    record_run,
-    replacing,
-    run_script,
-    save_checkpoint,
-    sha256,
-    true_or_false,
-    write_csv,
-)
+from dasc.run import pick_device, positive, record_run, run_script, true_or_false
 from dasc.training import balanced_order, batches, best_f1, check_batch, check_val_fields, cosine, threshold_on_val
 
 # Edit here, or override one run with the flag of the same name.

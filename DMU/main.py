@@ -16,23 +16,15 @@ import torch
 from tqdm import tqdm
 
 from dasc.dual import DualNetwork
+from dasc.errors import InputError
 from dasc.figures import curves
+from dasc.files import save_checkpoint, sha256, write_csv
 from dasc.losses import generalised_cross_entropy
 from dasc.manifest import LABELS, read_cut_run, read_patches
 from dasc.memory import STATES, UNSEEN, VIEWS, Memory, Settings, noise_score, start, thresholds, update
 from dasc.network import CLASSES, check_same_run, load_backbone_weights, read_checkpoint
 from dasc.patches import load_patches
-from dasc.run import (
-    InputError,
-    pick_device,
-    positive,
-    record_run,
-    run_script,
-    save_checkpoint,
-    sha256,
-    true_or_false,
-    write_csv,
-)
+from dasc.run import pick_device, positive, record_run, run_script, true_or_false
 from dasc.splits import nucleus_of
 from dasc.training import check_batch
 from dasc.views import strong_view, weak_view

@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 from dasc.augment import training_view
 from dasc.detect import score_patches
+from dasc.errors import InputError
 from dasc.figures import curves, precision_recall
+from dasc.files import save_checkpoint, sha256, write_csv, write_json
 from dasc.manifest import LABELS, read_cut_fields, read_cut_run, read_patches
 from dasc.network import (
     CLASSES,
@@ -32,18 +34,7 @@ from dasc.network import (
     update_average,
 )
 from dasc.patches import load_patches
-from dasc.run import (
-    InputError,
-    pick_device,
-    positive,
-    record_run,
-    run_script,
-    save_checkpoint,
-    sha256,
-    true_or_false,
-    write_csv,
-    write_json,
-)
+from dasc.run import pick_device, positive, record_run, run_script, true_or_false
 from dasc.training import (
     balanced_order,
     batches,

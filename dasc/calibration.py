@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 
+from dasc.errors import InputError
+from dasc.files import replacing
 from dasc.metrics import match_detections
-from dasc.run import InputError, replacing
 
 UNCALIBRATED = {"temperature": 1.0, "offset": 0.0}
 FEWEST = 10  # right and wrong detections without which nothing is fitted

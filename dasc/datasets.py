@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from dasc.errors import InputError
 from dasc.fields import UM_PER_PX_RANGE
-from dasc.run import InputError
 from dasc.splits import Field, assign_splits
 
 MIDOG21_UNLABELLED = range(151, 201)

@@ -13,10 +13,10 @@ from scipy.special import expit
 
 from dasc.augment import dihedral, to_float
 from dasc.calibration import calibrate
+from dasc.errors import InputError
 from dasc.network import SearchNetwork
 from dasc.nuclei import find_candidates
 from dasc.patches import PatchCutter
-from dasc.run import InputError
 from dasc.stain import normalise_stain
 
 SECOND_LOOK_PER_MM2 = 300  # candidates seen again in every view: several times the densest tumours' mitoses

@@ -8,8 +8,8 @@ import pandas as pd
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
+from dasc.errors import InputError
 from dasc.manifest import LABELS, check_once, read_table
-from dasc.run import InputError
 
 VERDICTS = ("clean", "hard", "noisy", "dropped")
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from dasc.run import InputError, spelt_out, write_csv, write_json
+from dasc.errors import InputError
+from dasc.files import spelt_out, write_csv, write_json
 
 COLUMNS = ["image", "x_px", "y_px", "x_um", "y_um", "probability", "mitosis"]
 SMALLEST_MM, LARGEST_MM = -0.0075, 10  # the range of points grand-challenge's evaluator accepts

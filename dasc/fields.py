@@ -13,7 +13,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from dasc.run import InputError
+from dasc.errors import InputError
 
 MAX_PIXELS = 1_000_000_000  # a field is held in memory whole, 3 bytes per pixel
 UM_PER_PX_RANGE = (0.1, 2.0)  # what a microscope gives; 72 dpi of an image editor is 352.8 um/px

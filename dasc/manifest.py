@@ -6,7 +6,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
-from dasc.run import InputError, from_cell
+from dasc.errors import InputError
+from dasc.files import from_cell
 
 LABELS = {0: "negative", 1: "mitosis"}
 SPLITS = ("train", "val", "test")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from dasc.run import InputError
+from dasc.errors import InputError
 
 RADIUS_UM = 7.5  # the MIDOG challenge's radius: about that of a mitotic figure
 UTS_RADIUS_PX = 30  # the radius the paper and its baseline (UTS) count with

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from dasc.run import InputError
+from dasc.errors import InputError
 
 METRICS = ("l2", "cosine")
 BLOCK = 16_384  # pool patches compared at a time: 1,000 queries make 64 MiB of scores

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from dasc.run import InputError
+from dasc.errors import InputError
 
 CLASSES = ("negative", "mitosis")  # the order of the labels 0 and 1
 

@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from dasc.detect import embed_patches
 from dasc.duplicates import THUMBNAIL_PX, thumbnail
+from dasc.errors import InputError
 from dasc.fields import find_images
 from dasc.manifest import PATCHES, check_once, inside, read_table
 from dasc.named import FORM, read_square, slide_of
 from dasc.network import SearchNetwork
-from dasc.run import InputError
 
 POOL = {"patch": str, "case": str}  # columns of a pool manifest; those of patches.csv are used where they stand
 

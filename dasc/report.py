@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from dasc.figures import DETECTION
+from dasc.files import spelt_out, write_text
 from dasc.hotspot import WINDOW_MM2, Hotspot
-from dasc.run import spelt_out, write_text
 from dasc.slides import Slide
 
 PICTURE_PX = 800  # longest side of the heat map and of the hotspot's picture

@@ -6,7 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from dasc.run import InputError, write_json
+from dasc.errors import InputError
+from dasc.files import write_json
 from dasc.scan import Progress
 
 COLUMNS = ["x_px", "y_px", "probability"]

@@ -13,6 +13,7 @@ import numpy as np
 import openslide
 import tifffile
 
+from dasc.errors import InputError
 from dasc.fields import (
     UM_PER_PX_RANGE,
     check_colours,
@@ -25,7 +26,6 @@ from dasc.fields import (
     reason,
     to_rgb,
 )
-from dasc.run import InputError
 
 IN_MEMORY = 50_000_000  # a TIFF of up to this many pixels is read whole, and so may have any kind of colours
 BLOCK_PX = 2048  # an overview is read in squares of about this side

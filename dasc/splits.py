@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.spatial import cKDTree
 from sklearn.model_selection import StratifiedGroupKFold
 
-from dasc.run import InputError
+from dasc.errors import InputError
 
 SAMPLE_VAL, SAMPLE_TEST = ("7", "8"), ("9", "10")  # image ids of the synthetic sample
 MIDOG_VAL, MIDOG_TEST = ("41-45", "91-95", "141-145"), ("46-50", "96-100", "146-150")  # image ids, as in the paper

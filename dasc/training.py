@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from dasc.calibration import calibrate, fit_calibration, reliability, right_detections
 from dasc.detect import scan_field
+from dasc.errors import InputError
 from dasc.fields import read_field
 from dasc.manifest import LABELS
 from dasc.metrics import choose_threshold, counts_to_scores
 from dasc.network import SearchNetwork
-from dasc.run import InputError
 
 
 def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:

@@ -25,27 +25,14 @@ from tqdm import tqdm
 
 from dasc.datasets import READERS, Dataset, drop_outside, read_dataset
 from dasc.detect import score_points
+from dasc.errors import InputError, WriteError
 from dasc.fields import read_field, resolution
+from dasc.files import check_replaceable, file_name, put_in_place, sha256, write_csv, write_json, writing
 from dasc.manifest import ANNOTATIONS, FIELDS, LABELS, PATCHES, SPLITS
 from dasc.network import load_network
 from dasc.nuclei import find_candidates
 from dasc.patches import PatchCutter, write_patch
-from dasc.run import (
-    InputError,
-    WriteError,
-    check_replaceable,
-    file_name,
-    pick_device,
-    positive,
-    put_in_place,
-    record_run,
-    run_script,
-    sha256,
-    true_or_false,
-    write_csv,
-    write_json,
-    writing,
-)
+from dasc.run import pick_device, positive, record_run, run_script, true_or_false
 from dasc.splits import parse_cases
 from dasc.stain import normalise_stain
 

@@ -21,16 +21,9 @@ import tifffile
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dasc.run import (
-    InputError,
-    positive,
-    record_run,
-    replacing_folder,
-    run_script,
-    write_csv,
-    write_json,
-    write_text,
-)
+from dasc.errors import InputError
+from dasc.files import replacing_folder, write_csv, write_json, write_text
+from dasc.run import positive, record_run, run_script
 
 # Edit here, or override one run with the flag of the same name.
 OUT = "data/sample"  # folder of the dataset; an earlier sample stays as OUT.previous, anything else is refused

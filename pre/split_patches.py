@@ -16,19 +16,13 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from dasc.errors import InputError
 from dasc.fields import read_field
+from dasc.files import check_replaceable, replacing_folder, write_csv
 from dasc.manifest import LABELS, PATCHES, SPLITS, read_patches
 from dasc.named import FORM, labelled_images, read_square
 from dasc.patches import copy_patches, write_patch
-from dasc.run import (
-    InputError,
-    check_replaceable,
-    positive,
-    record_run,
-    replacing_folder,
-    run_script,
-    write_csv,
-)
+from dasc.run import positive, record_run, run_script
 from dasc.splits import draw_share, draw_slides, parse_cases
 
 # Edit here, or override one run with the flag of the same name.

@@ -57,13 +57,13 @@ from fuzz_inputs import (
 import dasc.slides
 from dasc.datasets import read_dataset
 from dasc.difficulty import read_checked, read_hard, read_memory, read_scl
+from dasc.errors import InputError
 from dasc.fields import find_images, read_field, read_um_per_px
 from dasc.image_scan import look_over
 from dasc.manifest import read_cut_fields, read_patches
 from dasc.network import SearchNetwork, load_backbone_weights
 from dasc.patches import load_patches
 from dasc.pool import read_pool
-from dasc.run import InputError
 from dasc.saved import SavedScan
 
 LIMIT_S = 30  # for one input

@@ -23,9 +23,9 @@ from unittest import mock
 import torch
 from pipeline import ROOT
 
+import dasc.files
 import dasc.image_scan
 import dasc.patches
-import dasc.run
 import dasc.scan
 import dasc.training
 
@@ -35,7 +35,7 @@ PLACES = [  # where the scripts find a function, and what happens there
     (dasc.image_scan, "scan_field", "field"),
     (dasc.scan, "log_odds", "batch of tiles"),
     (dasc.patches, "write_patch", "patch"),
-    (dasc.run, "put_in_place", "putting the folder in place"),
+    (dasc.files, "put_in_place", "putting the folder in place"),
 ]
 MODULES = [f"dasc.{path.stem}" for path in sorted(ROOT.glob("dasc/[a-z]*.py"))]
 LIMIT_S = 300

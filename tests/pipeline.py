@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from dasc.run import PACKAGES, project_commit, sha256
+from dasc.files import sha256
+from dasc.run import PACKAGES, project_commit
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("", "pre/", "NS/", "DMU/", "dasc/")

@@ -8,8 +8,8 @@ from PIL import Image
 from scipy.special import expit, logit
 
 from dasc.calibration import calibrate, fit_calibration, reliability, resolve_threshold, right_detections, uncalibrate
+from dasc.errors import InputError
 from dasc.metrics import choose_threshold, counts_to_scores
-from dasc.run import InputError
 
 CONFIG = {"threshold": 0.42}
 

@@ -13,7 +13,7 @@ from dasc.difficulty import (
     validated,
     verdicts,
 )
-from dasc.run import InputError
+from dasc.errors import InputError
 
 COUNTS = ["clean", "hard", "noisy", "learned", "forgotten"]
 # counts of 10 epochs -> verdict by the paper's rule, verdict when noisy asks for more than half of the epochs

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dasc.errors import InputError
 from dasc.export import write_counts, write_detections, write_geojson, write_mitotic_figures
-from dasc.run import InputError
 
 COLUMNS = ["image", "x_px", "y_px", "x_um", "y_um", "probability", "mitosis"]
 

@@ -12,8 +12,8 @@ from conftest import sample_flags
 from pipeline import LIGHT, fails, succeed
 
 from dasc.dual import DualNetwork
+from dasc.files import save_checkpoint
 from dasc.network import read_checkpoint
-from dasc.run import save_checkpoint
 
 
 class Harm:

@@ -13,10 +13,10 @@ WRITERS = {"write_text": -1, "write_bytes": -1, "savefig": 0, "imwrite": 0, "to_
 WRITERS |= {"save": 1, "savez": 0, "savetxt": 0, "copyfile": 1, "copy2": 1, "copytree": 1, "move": 1, "dump": 1}
 # Writers that need no `with replacing`: file, function, why.
 ALLOWED = {
-    ("dasc/run.py", "replacing"): "opened to be synced",
-    ("dasc/run.py", "write_csv"): "to_csv without a path gives the text that write_text writes",
+    ("dasc/files.py", "replacing"): "opened to be synced",
+    ("dasc/files.py", "write_csv"): "to_csv without a path gives the text that write_text writes",
     ("dasc/run.py", "only_run"): "the lock names its process; it is no output",
-    ("dasc/run.py", "save_checkpoint"): "torch.save into memory",
+    ("dasc/files.py", "save_checkpoint"): "torch.save into memory",
     ("dasc/patches.py", "write_patch"): "into a folder that replaces another as a whole",
     ("dasc/patches.py", "copy_patches"): "into a folder that replaces another as a whole",
     ("dasc/pool.py", "_append"): "records are appended, each with its key; half of one is cut off by the next run",

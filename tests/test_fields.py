@@ -14,8 +14,8 @@ import tifffile
 from PIL import Image, ImageFile
 
 from dasc import fields
+from dasc.errors import InputError
 from dasc.fields import find_images, read_field, read_um_per_px
-from dasc.run import InputError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 WSI = SHARED / "data" / "wsi"

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dasc.errors import InputError
 from dasc.figures import (
     DETECTION,
     DPI,
@@ -26,7 +27,6 @@ from dasc.figures import (
     write_png,
 )
 from dasc.metrics import choose_threshold
-from dasc.run import InputError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 RADIUS_PX = 50  # 12.5 um at 0.25 um/px

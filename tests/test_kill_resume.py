@@ -24,8 +24,8 @@ from pipeline import LIGHT, ROOT, fails, readme_commands, succeed
 
 import dasc.scan
 from dasc.fields import read_field
+from dasc.files import save_checkpoint
 from dasc.network import read_checkpoint
-from dasc.run import save_checkpoint
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks, and SIGKILL")
 TIMES = ("run.json", "report.html")  # they tell when a run was; every other file must be the same to the last byte

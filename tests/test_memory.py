@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from dasc.files import save_checkpoint
 from dasc.memory import (
     STATES,
     UNSEEN,
@@ -19,7 +20,6 @@ from dasc.memory import (
     thresholds,
     update,
 )
-from dasc.run import save_checkpoint
 
 PAPER = Settings(confidence_start=0.25)
 CORRECTED = Settings(confidence_start=0.25, confidence_momentum=0.9, bias_correction=True, distance_momentum=0.8)

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dasc.errors import InputError
 from dasc.metrics import (
     bootstrap_f1,
     choose_threshold,
@@ -15,7 +16,6 @@ from dasc.metrics import (
     match_field,
     match_uts,
 )
-from dasc.run import InputError
 
 NOTHING = np.empty((0, 2))
 

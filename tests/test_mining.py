@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from dasc import mining
+from dasc.errors import InputError
 from dasc.mining import distance, nearest, taken_once
-from dasc.run import InputError
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,9 @@ import timm
 import torch
 from torch import nn
 
+from dasc.errors import InputError
+from dasc.files import save_checkpoint
 from dasc.network import CLASSES, SearchNetwork, fold_batch_norms, load_backbone_weights, load_network
-from dasc.run import InputError, save_checkpoint
 
 CONFIG = {
     "backbone": "resnet10t",

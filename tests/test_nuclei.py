@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import dasc.nuclei
+from dasc.errors import InputError
 from dasc.fields import read_field
 from dasc.nuclei import AT_LEAST, find_candidates, measure_candidates
-from dasc.run import InputError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CYTOPLASM, NUCLEUS, CHROMATIN = (225, 170, 205), (150, 110, 175), (60, 40, 110)

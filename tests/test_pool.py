@@ -8,10 +8,10 @@ import torch
 
 import dasc.pool
 from dasc.detect import embed_patches
+from dasc.errors import InputError
 from dasc.network import SearchNetwork
 from dasc.patches import write_patch
 from dasc.pool import PoolFeatures, read_pool
-from dasc.run import InputError
 
 WIDTH = 512  # channels of the network below at stride 32
 

@@ -12,9 +12,10 @@ import tifffile
 from PIL import Image
 from pipeline import call, fails, succeed
 
+from dasc.errors import WriteError
 from dasc.fields import read_field
+from dasc.files import save_checkpoint, sha256
 from dasc.network import read_checkpoint
-from dasc.run import WriteError, save_checkpoint, sha256
 
 
 def model(small_run):

@@ -12,17 +12,9 @@ from pathlib import Path
 import pytest
 from pipeline import ROOT, fails, succeed
 
-from dasc.run import (
-    InputError,
-    WriteError,
-    only_run,
-    project_commit,
-    put_in_place,
-    replacing,
-    replacing_folder,
-    sha256,
-    write_text,
-)
+from dasc.errors import InputError, WriteError
+from dasc.files import put_in_place, replacing, replacing_folder, sha256, write_text
+from dasc.run import only_run, project_commit
 
 SCRIPTS = [
     "pre/make_sample.py",

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from dasc.run import InputError
+from dasc.errors import InputError
 from dasc.saved import SavedScan
 from dasc.scan import Progress
 

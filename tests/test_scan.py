@@ -10,7 +10,7 @@ from test_detect import Darkness
 
 from dasc import scan, slides
 from dasc.detect import scan_field
-from dasc.run import InputError
+from dasc.errors import InputError
 from dasc.scan import Looks, Progress, scan_slide
 from dasc.slides import open_slide, read_overview
 from dasc.tiles import Tile, Tissue, make_grid

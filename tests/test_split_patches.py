@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from pipeline import LIGHT, fails, succeed
 
+from dasc.errors import InputError
 from dasc.manifest import read_cut_fields, read_patches
 from dasc.metrics import counts_to_scores
 from dasc.network import read_checkpoint
 from dasc.patches import read_patch
-from dasc.run import InputError
 from dasc.splits import draw_share, draw_slides
 from dasc.training import judge_patches, threshold_on_patches
 

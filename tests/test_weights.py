@@ -5,8 +5,8 @@ import pandas as pd
 import torch
 from pipeline import ROOT, succeed
 
+from dasc.files import sha256
 from dasc.network import load_network
-from dasc.run import sha256
 
 WEIGHTS = ROOT / "weights" / "dasc_mitos.pt"
 

@@ -28,8 +28,8 @@ from matplotlib.figure import Figure
 from negatives import run
 
 from dasc.datasets import read_dataset
+from dasc.files import replacing, write_csv
 from dasc.manifest import read_patches
-from dasc.run import replacing, write_csv
 
 ARMS = ("random", "searched", "memory", "levels", "full")
 
@@ -49,15 +49,6 @@ def dataset_with(share: float, seed: int, folder: Path, args: argparse.Namespace
         write_csv(folder / "annotations.csv", points[["image", "x_px", "y_px", "label"]])
         write_csv(folder / "fields.csv", dataset.fields.assign(path="images/" + dataset.fields["path"]))
     return folder
-
-
-def at_most(folder: Path, most: int, seed: int) -> Path:
-    """A manifest beside patches.csv with at most so many training negatives that nobody annotated, drawn at random."""
-    table = read_patches(folder / "patches.csv")
-    found = table.index[(table["split"] == "train") & table["origin"].isin(["searched", "random"])]
-    dropped = np.random.default_rng(seed).permutation(found)[most:]
-    write_csv(folder / "drawn.csv", table.drop(index=dropped))
-    return folder / "drawn.csv"
 
 
 def epochs(table: Path, visits: int, least: int) -> int:
@@ -97,13 +88,13 @@ def chain(home: Path, share: float, seed: int, args: argparse.Namespace) -> None
 
     patches = home / "patches"
     run(patches, "pre/cut_patch_2.py", *cut, "--hard_negatives", "False", "--out", patches)
-    manifest = at_most(patches, args.most_negatives, seed)
+    manifest = patches / "patches.csv"
     flags = [*train, "--epochs", epochs(manifest, args.search_visits, 1), "--manifest", manifest]
     run(home / "random/model.pt", "NS/sigle.py", *flags, "--out", home / "random")
     patches = home / "patches_ns"
     search = ["--fp_mdoel", "True", "--model_path", home / "random/model.pt"]
     run(patches, "pre/cut_patch_2.py", *cut, *search, "--out", patches)
-    manifest = at_most(patches, args.most_negatives, seed)
+    manifest = patches / "patches.csv"
     flags = [*train, "--epochs", epochs(manifest, args.visits, 5), "--manifest", manifest]
     run(home / "searched/model.pt", "NS/sigle.py", *flags, "--out", home / "searched")
 
@@ -186,13 +177,12 @@ if __name__ == "__main__":
     parser.add_argument("--init_weights", default="data/lite0.pt", help="see lite0_weights.py")
     parser.add_argument("--patch_size", type=int, default=64)
     parser.add_argument("--stride", type=int, default=32)
-    parser.add_argument("--shifts", type=int, default=0, help="shifted copies of every mitosis, as of stage 1")
+    parser.add_argument("--shifts", type=int, default=3, help="shifted copies of every mitosis, as of stage 1")
     parser.add_argument("--lr", type=float, default=5e-4, help="of stages 2 and 8")
-    parser.add_argument("--most_negatives", type=int, default=1500, help="searched and random ones, in training")
-    parser.add_argument("--visits", type=int, default=40000, help="patches shown in the training of each arm")
-    parser.add_argument("--search_visits", type=int, default=12000, help="of the first arm, which has fewer patches")
+    parser.add_argument("--visits", type=int, default=63000, help="patches shown in the training of each arm")
+    parser.add_argument("--search_visits", type=int, default=32000, help="of the first arm, which has fewer patches")
     parser.add_argument("--memory_lr", type=float, default=3e-4, help="of stages 4 and 6")
-    parser.add_argument("--memory_visits", type=int, default=16000, help="of stage 4, which looks at each twice")
+    parser.add_argument("--memory_visits", type=int, default=40000, help="of stage 4, which looks at each twice")
     parser.add_argument("--level_epochs", type=int, default=12, help="of stage 6")
     args = parser.parse_args()
     out, rows = Path(args.out), []

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dasc.datasets import read_dataset
 from dasc.fields import read_field
 from dasc.figures import write_png
+from dasc.files import write_csv
 from dasc.nuclei import find_candidates
-from dasc.run import write_csv
 
 ASSUMED_UM_PER_PX = 0.25
 CLEAR_UM = 10.0  # a candidate this far from the mitosis of its crop is another nucleus

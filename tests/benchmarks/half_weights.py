@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from dasc.files import save_checkpoint
 from dasc.manifest import read_cut_fields
 from dasc.network import load_network, read_checkpoint
-from dasc.run import save_checkpoint
 from dasc.training import threshold_on_val
 
 
