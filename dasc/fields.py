@@ -1,9 +1,7 @@
 """Open one image of tissue, whatever its kind, and find the images in a folder."""
 
 import logging
-import math
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -14,6 +12,7 @@ import tifffile
 from PIL import Image
 
 from dasc.errors import InputError
+from dasc.tiffs import STREAMS, check_colours, check_jpeg, check_segment, check_segments, full_page, stated_um_per_px
 
 MAX_PIXELS = 1_000_000_000  # a field is held in memory whole, 3 bytes per pixel
 UM_PER_PX_RANGE = (0.1, 2.0)  # what a microscope gives; 72 dpi of an image editor is 352.8 um/px
@@ -21,18 +20,6 @@ IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")
 SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi")
 
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
-APERIO_YCBCR_JPEG2000 = 33003  # tifffile hands its pixels out as YCbCr
-JPEG_FRAMES = [bytes([0xC0 + kind]) for kind in range(16) if kind not in (4, 8, 12)]  # markers before a JPEG's size
-
-STREAMS = (
-    7,
-    33003,
-    33005,
-    34712,
-)  # compressions whose strips and tiles are JPEG, or JPEG2000, with headers of their own
-JPEG2000 = b"\xff\x4f\xff\x51"  # its first two markers
-END_MARKER = b"\xff\xd9"  # of JPEG and JPEG2000; in neither does it occur in what is coded
-
 logger = logging.getLogger(__name__)
 Image.MAX_IMAGE_PIXELS = None  # one limit for every format: MAX_PIXELS, checked below before decoding
 
@@ -68,7 +55,7 @@ def read_um_per_px(path: Path) -> float | None:
             if image_kind(file) != "tiff":
                 return None
             with tifffile.TiffFile(file) as tif:
-                um_per_px = _stated_um_per_px(full_page(tif))
+                um_per_px = stated_um_per_px(full_page(tif))
     except Exception as error:  # as in read_field
         raise InputError(f"{path}: cannot be read: {reason(error)}") from error
     low, high = UM_PER_PX_RANGE
@@ -160,7 +147,7 @@ def _read_picture(file: BinaryIO, kind: str, path: Path) -> np.ndarray:
             file.seek(0)
             data = file.read()
             if kind == "jpeg":
-                _check_jpeg(data)
+                check_jpeg(data)
                 if image.mode == "RGB":  # the same pixels as Pillow's in half the time
                     return imagecodecs.jpeg8_decode(data)
             elif data[24] == 16:  # bit depth; Pillow would drop the low byte
@@ -168,35 +155,6 @@ def _read_picture(file: BinaryIO, kind: str, path: Path) -> np.ndarray:
         if image.has_transparency_data:
             return to_rgb(np.asarray(image.convert("RGBA")), 8, path)
         return np.array(image.convert("RGB"))
-
-
-def _check_jpeg(data: bytes) -> tuple[int, int]:
-    """Return width and height (0, 0 where it states none) of a JPEG.
-
-    Raises ValueError when no end marker follows the first scan: decoders fill what is missing with gray and say
-    nothing.
-    """
-    place, width, height = 2, 0, 0
-    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"\xda":
-        if data[place + 1 : place + 2] == b"\xff":
-            place += 1
-            continue
-        if data[place + 1 : place + 2] in JPEG_FRAMES:
-            height, width = (int.from_bytes(data[place + at : place + at + 2], "big") for at in (5, 7))
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    if data.find(END_MARKER, place) < 0:
-        raise ValueError("truncated JPEG: its end is missing; copy or download it again")
-    return width, height
-
-
-def full_page(tif: tifffile.TiffFile) -> tifffile.TiffPage:
-    """Return the page of full resolution: the first that is not marked as a reduced copy."""
-    if not len(tif.pages):  # counting them also finds pages linked in a circle, which tif.series would follow for ever
-        raise ValueError("holds no image")
-    series = next((one for one in tif.series if not one.keyframe.is_reduced), tif.series[0])
-    if series.size != series.keyframe.size:
-        raise ValueError(f"holds several images ({series.axes} {series.shape}); save each as a file of its own")
-    return series.keyframe
 
 
 def _read_tiff(file: BinaryIO, path: Path) -> np.ndarray:
@@ -216,62 +174,6 @@ def _read_tiff(file: BinaryIO, path: Path) -> np.ndarray:
             return (colours >> 8 if colours.max() > 255 else colours).astype(np.uint8)[image[..., 0]]
         image = to_rgb(image, page.bitspersample, path)
         return 255 - image if photometric == tifffile.PHOTOMETRIC.MINISWHITE else image
-
-
-def check_colours(page: tifffile.TiffPage) -> tifffile.PHOTOMETRIC:
-    """Return how a page codes its colours; ValueError where they cannot be shown as 8-bit RGB without loss."""
-    planes, depth, _, _, samples = page.shaped
-    if depth != 1 or planes * samples > 4 or not isinstance(page.bitspersample, int):
-        raise ValueError(f"shape {page.shape}, {page.bitspersample} bits; save it as 8-bit RGB")
-    if page.dtype.kind not in "bu" or page.bitspersample > 16:
-        raise ValueError(f"pixels of type {page.dtype}; expected 8 or 16 bit; save it as 8-bit RGB")
-    photometric = tifffile.PHOTOMETRIC(page.photometric)
-    is_ycbcr = photometric == tifffile.PHOTOMETRIC.YCBCR and (
-        page.compression not in (6, 7, 34892) or page.extrasamples  # JPEG's decoder turns it into RGB
-    )
-    if is_ycbcr or page.compression == APERIO_YCBCR_JPEG2000 or photometric not in (0, 1, 2, 3, 6):
-        raise ValueError(f"colours {photometric.name}, {page.compression!r}; save it as 8-bit RGB")
-    return photometric
-
-
-def check_segments(page: tifffile.TiffPage, file_size: int) -> None:
-    """Raise when strips or tiles are missing or reach past the end; tiles left out on purpose become white."""
-    ends = [offset + count for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False)]
-    expected = 1 if page.is_contiguous else math.prod(page.chunked)
-    if len(ends) < expected or max(ends) > file_size:
-        raise ValueError("truncated TIFF: its pixels reach past the end of the file; copy or download it again")
-    if 0 in page.databytecounts:
-        if not page.is_tiled or page.dtype != np.uint8:
-            raise ValueError("incomplete TIFF: some strips were never written; save or download it again")
-        page.nodata = 255
-
-
-def check_segment(page: tifffile.TiffPage, data: bytes) -> None:
-    """Raise where the JPEG or JPEG2000 of a strip or tile ends too early, or would unpack to more than its place."""
-    if page.compression not in STREAMS or not data:
-        return
-    size = 0, 0
-    if page.compression == tifffile.COMPRESSION.JPEG:
-        size = _check_jpeg(data)
-    elif data.startswith(JPEG2000):
-        size = tuple(int.from_bytes(data[at : at + 4], "big") for at in (8, 12))
-        if END_MARKER not in data:
-            raise ValueError("truncated JPEG2000: its end is missing; copy or download it again")
-    height, width = (page.tilelength, page.tilewidth) if page.is_tiled else page.shaped[2:4]
-    if size[0] > width or size[1] > height:
-        raise ValueError(f"a strip or tile of {size[0]} x {size[1]} px, expected at most {width} x {height}")
-
-
-def _stated_um_per_px(page: tifffile.TiffPage) -> float | None:
-    aperio = re.search(r"\bMPP\s*=\s*([0-9.]+)", page.description)
-    if aperio:
-        return float(aperio[1])
-    um_per_unit = {2: 25400, 3: 10000}.get(page.tags.valueof("ResolutionUnit", default=2))
-    pixels = [page.tags.valueof(name, default=(0, 1)) for name in ("XResolution", "YResolution")]
-    if um_per_unit is None or not all(numerator and denominator for numerator, denominator in pixels):
-        return None
-    x, y = (um_per_unit * denominator / numerator for numerator, denominator in pixels)
-    return x if math.isclose(x, y, rel_tol=0.01) else None
 
 
 def to_rgb(image: np.ndarray, bits: int, path: Path) -> np.ndarray:
