@@ -1,4 +1,4 @@
-"""One run of a script: its folder is held against a second run, files appear whole, and run.json says how it was."""
+"""One run of a script: its folder is held against a second run, and run.json says how it was."""
 
 import contextlib
 import json
@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from pipeline import ROOT, fails, succeed
 
-from dasc.errors import InputError, WriteError
-from dasc.files import put_in_place, replacing, replacing_folder, sha256, write_text
+from dasc.errors import InputError
+from dasc.files import sha256
 from dasc.run import only_run, project_commit
 
 SCRIPTS = [
@@ -116,43 +116,6 @@ def test_where_the_folder_above_cannot_be_written_the_lock_lies_within(tmp_path,
     (tmp_path / "out").mkdir()
     with only_run(tmp_path / "out"):
         assert [path.name for path in (tmp_path / "out").iterdir()] == [".out.lock"]
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    write_text(tmp_path / "a.txt", "old")
-    with pytest.raises(RuntimeError), replacing(tmp_path / "a.txt") as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    with pytest.raises(WriteError, match=r"a\.txt: cannot be written"), replacing(tmp_path / "a.txt") as temporary:
-        temporary.write_text("half")
-        raise OSError(28, "No space left on device")
-    assert (tmp_path / "a.txt").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
-
-
-def test_what_a_killed_run_left_is_written_over(tmp_path):
-    (tmp_path / ".a.txt.tmp").write_text("longer than what is written now")
-    (tmp_path / ".out.tmp").mkdir()
-    (tmp_path / ".out.tmp/older.png").touch()
-    write_text(tmp_path / "a.txt", "new")
-    with replacing_folder(tmp_path / "out", "mark") as partial:
-        (partial / "mark").touch()
-    assert (tmp_path / "a.txt").read_text() == "new"
-    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["a.txt", "out", "out/mark"]
-
-
-def test_files_and_folders_are_brought_to_disk_before_they_take_their_place(tmp_path, monkeypatch):
-    events = []
-    fsync, replace, rename = os.fsync, Path.replace, Path.rename
-    monkeypatch.setattr(os, "fsync", lambda handle: events.append("fsync") or fsync(handle))
-    monkeypatch.setattr(os, "sync", lambda: events.append("sync"), raising=False)
-    monkeypatch.setattr(Path, "replace", lambda self, to: events.append("replace") or replace(self, to))
-    monkeypatch.setattr(Path, "rename", lambda self, to: events.append("rename") or rename(self, to))
-    write_text(tmp_path / "a.txt", "new")
-    (tmp_path / "partial").mkdir()
-    put_in_place(tmp_path / "partial", tmp_path / "out")
-    names = ["fsync"] if os.name != "nt" else []  # of the folder
-    assert events == ["fsync", "replace", *names, "sync", "rename", *names]
 
 
 def test_run_json_says_how_the_results_were_made(small_run):
