@@ -15,7 +15,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from dasc.calibration import UNCALIBRATED, resolve_threshold
-from dasc.datasets import READERS, drop_outside, read_dataset
+from dasc.datasets import drop_outside, read_dataset
 from dasc.errors import InputError, WriteError
 from dasc.export import write_counts, write_detections, write_geojson, write_mitotic_figures
 from dasc.fields import choose_resolution, find_images
@@ -24,6 +24,7 @@ from dasc.files import file_name, sha256, write_csv, write_json
 from dasc.image_scan import count_mitoses, find_mitoses, look_over
 from dasc.metrics import RADIUS_UM, choose_threshold, evaluate, fields_in_um
 from dasc.network import load_network
+from dasc.readers import READERS
 from dasc.report import report_entry, write_report
 from dasc.run import pick_device, positive, record_run, run_script, true_or_false
 from dasc.slides import Slide, open_slide

@@ -23,7 +23,7 @@ import pandas as pd
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
-from dasc.datasets import READERS, Dataset, drop_outside, read_dataset
+from dasc.datasets import Dataset, drop_outside, read_dataset
 from dasc.detect import score_points
 from dasc.errors import InputError, WriteError
 from dasc.fields import read_field, resolution
@@ -32,6 +32,7 @@ from dasc.manifest import ANNOTATIONS, FIELDS, LABELS, PATCHES, SPLITS
 from dasc.network import load_network
 from dasc.nuclei import find_candidates
 from dasc.patches import PatchCutter, write_patch
+from dasc.readers import READERS
 from dasc.run import pick_device, positive, record_run, run_script, true_or_false
 from dasc.splits import parse_cases
 from dasc.stain import normalise_stain
