@@ -149,7 +149,7 @@ def test_opencv_is_given_no_file_but_our_own_png():
         for node in ast.walk(parse(path))
         if isinstance(node, ast.Call) and called(node) in ("imread", "imdecode", "imreadmulti", "VideoCapture")
     }
-    assert found == {("dasc/patches.py", "imdecode"), ("pre/make_sample.py", "imdecode")}  # the sample's own JPEG
+    assert found == {("dasc/patches.py", "imdecode"), ("dasc/synthetic.py", "imdecode")}  # the sample's own JPEG
 
 
 FLOORS = {"torch": "2.10", "pillow": "13.0", "openslide-bin": "4.0.1", "filelock": "4.0"}
