@@ -22,7 +22,7 @@ from dasc.fields import choose_resolution, find_images
 from dasc.figures import overlay, precision_recall, write_png
 from dasc.files import file_name, sha256, write_csv, write_json
 from dasc.image_scan import count_mitoses, find_mitoses, look_over
-from dasc.metrics import RADIUS_UM, choose_threshold, evaluate, fields_in_um
+from dasc.metrics import RADIUS_UM, average_precision, choose_threshold, evaluate, fields_in_um
 from dasc.network import load_network
 from dasc.readers import READERS
 from dasc.report import report_entry, write_report
@@ -198,7 +198,9 @@ def judge(
         if args.match == "um":  # the curve is matched one to one
             best, curve = choose_threshold(fields_in_um(annotations, detections, resolutions), RADIUS_UM)
             metrics |= {"best_f1": float(curve["f1"].max()) if len(curve) else 0.0, "best_threshold": best}
+            metrics |= {"average_precision": average_precision(curve)}
             judged += f" at threshold {threshold:.3f}; in hindsight F1 {metrics['best_f1']:.3f} at {best:.3f}"
+            judged += f"; average precision {metrics['average_precision']:.3f}"
             write_csv(out / "curve.csv", curve.round(6))
             precision_recall(out / "curve.png", curve, threshold)
             stale -= {"curve.csv", "curve.png"}

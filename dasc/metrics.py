@@ -134,6 +134,16 @@ def choose_threshold(
     return float(middle if middle > thresholds[best + 1] else thresholds[best]), curve
 
 
+def average_precision(curve: pd.DataFrame) -> float:
+    """Mean precision over the recalls that a curve of `choose_threshold` goes through: the area below its steps.
+
+    It needs no threshold. Recall that no detection reaches adds 0, as in the COCO and PASCAL VOC challenges; precision
+    is not interpolated (sklearn.metrics.average_precision_score).
+    """
+    gained = np.diff(curve["recall"], prepend=0)
+    return float((gained * curve["precision"]).sum())
+
+
 def evaluate(
     annotations: pd.DataFrame,
     detections: pd.DataFrame,

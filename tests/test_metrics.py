@@ -5,9 +5,11 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import average_precision_score
 
 from dasc.errors import InputError
 from dasc.metrics import (
+    average_precision,
     bootstrap_f1,
     choose_threshold,
     counts_to_scores,
@@ -154,6 +156,18 @@ def test_threshold_by_hand_and_when_there_is_nothing_to_choose_by():
         threshold, curve = choose_threshold(fields, 5)
         assert threshold == 0.5
         assert list(curve.columns) == ["threshold", "precision", "recall", "f1"]
+
+
+def test_average_precision_is_scikit_learns_where_every_mitosis_is_found():
+    rng = np.random.default_rng(0)
+    probability, right = rng.uniform(size=200).round(2), rng.uniform(size=200) < 0.3
+    far = 100.0 * np.arange(200)[:, None] * [1, 0]  # every detection matches its own annotation or none
+    expected = average_precision_score(right, probability)
+    assert average_precision(choose_threshold([(far[right], far, probability)], 1.0)[1]) == pytest.approx(expected)
+    # as many mitoses again that nothing finds: every recall halves
+    missed = np.concatenate([far[right], -far[right] - 1000])
+    assert average_precision(choose_threshold([(missed, far, probability)], 1.0)[1]) == pytest.approx(expected / 2)
+    assert average_precision(choose_threshold([(far, NOTHING, np.empty(0))], 1.0)[1]) == 0
 
 
 def test_threshold_of_many_fields_is_fast():

@@ -49,6 +49,8 @@ def test_curve_tells_what_other_thresholds_give(small_run, judged, tmp_path):
     assert curve["f1"].max() == pytest.approx(metrics["best_f1"], abs=1e-6) and metrics["best_f1"] >= metrics["f1"]
     at = curve[curve["threshold"] >= metrics["threshold"]].iloc[-1]
     assert (at[["precision", "recall"]] - [metrics["precision"], metrics["recall"]]).abs().max() < 1e-6
+    assert 0 < metrics["average_precision"] <= curve["recall"].max()
+    assert f"average precision {metrics['average_precision']:.3f}" in done.out
     best = metrics["best_threshold"]
     assert f"{metrics['best_f1']:.3f} at {best:.3f}" in done.out and (out / "curve.png").is_file()
     flags = ["--dataset", "sample", "--data_root", small_run / "sample", "--overlays", "False", "--report", "False"]
@@ -56,7 +58,7 @@ def test_curve_tells_what_other_thresholds_give(small_run, judged, tmp_path):
     again = json.loads((tmp_path / "metrics.json").read_text())
     assert again["f1"] == pytest.approx(metrics["best_f1"])
     succeed("predict.py", *model(small_run), *flags, "--match", "uts", "--out", tmp_path)
-    assert "best_f1" not in json.loads((tmp_path / "metrics.json").read_text())
+    assert not {"best_f1", "average_precision"} & set(json.loads((tmp_path / "metrics.json").read_text()))
     assert not (tmp_path / "curve.csv").exists()  # the run before this one wrote it
 
 

@@ -30,6 +30,8 @@ from negatives import run
 from dasc.datasets import read_dataset
 from dasc.files import replacing, write_csv
 from dasc.manifest import read_patches
+from dasc.metrics import average_precision
+from dasc.splits import parse_cases
 
 ARMS = ("random", "searched", "memory", "levels", "full")
 
@@ -39,7 +41,7 @@ def dataset_with(share: float, seed: int, folder: Path, args: argparse.Namespace
     if not folder.exists():
         folder.mkdir(parents=True)
         data_root = Path(args.data_root).resolve()
-        dataset = read_dataset("mitos14", data_root, [args.val], [args.test])
+        dataset = read_dataset("mitos14", data_root, parse_cases(args.val), parse_cases(args.test))
         (folder / "images").symlink_to(data_root, target_is_directory=True)
         points = dataset.annotations.merge(dataset.fields[["image", "split"]], on="image")
         rng = np.random.default_rng(seed)
@@ -137,14 +139,15 @@ def chain(home: Path, share: float, seed: int, args: argparse.Namespace) -> None
 
 
 def judged(home: Path, split: str, arm: str) -> dict:
-    """Metrics of one arm at the threshold chosen on val, and the best F1 on val."""
+    """Metrics of one arm at the threshold chosen on val, its average precision, and both on val."""
     out = home / arm / split
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     curve = pd.read_csv(home / arm / "val_curve.csv")
     return {
         **{name: metrics[name] for name in ("tp", "fp", "fn", "precision", "recall", "f1", "f1_low", "f1_high")},
-        "threshold": metrics["threshold"],
+        **{name: metrics[name] for name in ("threshold", "average_precision", "best_f1")},
         "f1_val": curve["f1"].max(),
+        "average_precision_val": average_precision(curve),
     }
 
 
@@ -167,7 +170,7 @@ def draw(path: Path, table: pd.DataFrame) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_root", required=True, help="MITOS-ATYPIA-14")
-    parser.add_argument("--val", default="H03")
+    parser.add_argument("--val", default="H03", help="cases, as for stage 1")
     parser.add_argument("--test", default="H05")
     parser.add_argument("--out", default="results/ablation")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
