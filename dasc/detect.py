@@ -21,6 +21,7 @@ from dasc.stain import normalise_stain
 
 SECOND_LOOK_PER_MM2 = 300  # candidates seen again in every view: several times the densest tumours' mitoses
 AT_LEAST = 16  # of them, however small the field is
+EDGE_UM = 2.0  # nearer to the image's edge much of a nucleus is cut off, its patch is mirrored: nothing is looked at
 CUT_TOGETHER = 1024  # patches cut at once: 13 MB at 64 px, 154 MB at 224 px
 CPU_BATCH = 32  # patches scored together by one core, whose cache holds no more
 
@@ -135,6 +136,12 @@ def over_all_views(first: np.ndarray, others: np.ndarray, views: int) -> np.ndar
     return (first + (views - 1) * others) / views
 
 
+def off_the_edge(points_px: np.ndarray, width: int, height: int, um_per_px: float) -> np.ndarray:
+    """Which points (N, 2), x and y in px of an image, lie at least EDGE_UM from its edge: (N,) bool."""
+    inside_px = np.minimum(points_px, np.array([width - 1, height - 1]) - points_px)
+    return (inside_px * um_per_px >= EDGE_UM).all(axis=1)
+
+
 def merge(points_px: np.ndarray, probabilities: np.ndarray, radius_px: float) -> np.ndarray:
     """Indices of the detections that stay, strongest first: none within the radius of a stronger one."""
     order = np.argsort(-probabilities, kind="stable")
@@ -163,6 +170,8 @@ def scan_field(
 ) -> pd.DataFrame:
     """Detections of one field (H, W, 3) uint8, strongest first: x_px, y_px in its own pixels, probability.
 
+    Nuclei nearer than EDGE_UM to the edge are left out: annotators leave them out too (docs/measured.md).
+
     Args:
         config: the checkpoint's: patch_size in px, um_per_px, normalise_stain, temperature, offset.
         per_mm2: candidates looked at per mm2. merge_um: detections nearer than this become the strongest of them.
@@ -172,6 +181,7 @@ def scan_field(
     """
     device = device_of(network)
     points_px, _ = find_candidates(image, um_per_px, per_mm2, search_device(device))
+    points_px = points_px[off_the_edge(points_px, image.shape[1], image.shape[0], um_per_px)]
     shown = normalise_stain(image) if config["normalise_stain"] else image
     cutter = PatchCutter(shown, um_per_px, config["um_per_px"], config["patch_size"], device)
     odds = _log_odds_at(network, cutter, points_px, batch_size)

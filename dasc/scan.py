@@ -19,7 +19,16 @@ from scipy.special import expit
 from tqdm import tqdm
 
 from dasc.calibration import calibrate, uncalibrate
-from dasc.detect import AT_LEAST, SECOND_LOOK_PER_MM2, device_of, log_odds, merge, over_all_views, search_device
+from dasc.detect import (
+    AT_LEAST,
+    SECOND_LOOK_PER_MM2,
+    device_of,
+    log_odds,
+    merge,
+    off_the_edge,
+    over_all_views,
+    search_device,
+)
 from dasc.network import SearchNetwork
 from dasc.nuclei import score_candidates, spread_of
 from dasc.slides import Slide
@@ -86,7 +95,9 @@ def scan_slide(
             points_px, measures = tile.candidates(tuple(survey["padding_density"]), tissue, search_device(device))
             scores = score_candidates(measures, np.array(survey["middle"]), np.array(survey["spread"]))
             points_px = points_px[scores >= survey["lowest_score"]]
-            return grid.in_slide(points_px), tile.patches(points_px, config, stain, device)
+            in_slide = grid.in_slide(points_px)
+            seen = off_the_edge(in_slide, slide.width, slide.height, um_per_px)
+            return in_slide[seen], tile.patches(points_px[seen], config, stain, device)
 
         looks = Looks(network, batch_size, views, survey["second_look"], uncalibrate(smallest, config))
         places = place_tiles(grid, tissue, tile_um, shift)[progress.tiles :]

@@ -65,6 +65,18 @@ def test_scan_finds_the_dark_nuclei_at_any_resolution():
         assert distances.min(axis=0).max() < 2.5
 
 
+def test_a_nucleus_cut_off_by_the_edge_is_not_looked_at():
+    for um_per_px in (0.25, 0.5):
+        image = np.full((round(100 / um_per_px), round(140 / um_per_px), 3), (235, 200, 220), np.uint8)
+        for x, y in np.array([[0.5, 30], [40, 99.5], [139.5, 60], [80, 0.5], [70, 50], [4, 70], [100, 96]]) / um_per_px:
+            cv2.circle(image, (round(x), round(y)), round(4 / um_per_px), (50, 30, 90), -1)
+        found = scan(cv2.GaussianBlur(image, (0, 0), 0.5 / um_per_px), um_per_px)
+        places = sorted((round(x), round(y)) for x, y in found[["x_px", "y_px"]].to_numpy() * um_per_px)
+        assert len(places) == 3, places
+        for place, expected in zip(places, [(4, 70), (70, 50), (100, 96)], strict=True):
+            assert np.hypot(*np.subtract(place, expected)) < 2.5
+
+
 def test_blank_field_gives_an_empty_table():
     found = scan(np.full((300, 300, 3), 245, np.uint8), 0.25)
     assert found.empty and list(found.columns) == ["x_px", "y_px", "probability"]

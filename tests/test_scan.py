@@ -9,7 +9,7 @@ import torch
 from test_detect import Darkness
 
 from dasc import scan, slides
-from dasc.detect import scan_field
+from dasc.detect import off_the_edge, scan_field
 from dasc.errors import InputError
 from dasc.scan import Looks, Progress, scan_slide
 from dasc.slides import open_slide, read_overview
@@ -105,6 +105,23 @@ def test_places_are_those_of_the_nuclei(tmp_path):
     found = found_in(tmp_path / "a.tif", 0.25)
     distance = np.linalg.norm(found[["x_px", "y_px"]].to_numpy()[:, None] - centres, axis=2).min(axis=1)
     assert len(found) > 12 and np.median(distance) * 0.25 < 1
+
+
+def test_nuclei_cut_off_by_the_edge_are_not_looked_at(tmp_path, monkeypatch):
+    image, _ = draw_tissue(400, 0.25, seed=3)
+    height, width = image.shape[:2]
+    for place in ((0, 200), (width - 1, 120), (150, 1), (260, height - 4)):
+        cv2.circle(image, place, 14, (50, 30, 90), -1)
+    tifffile.imwrite(tmp_path / "a.tif", image, tile=(256, 256), photometric="rgb", compression="lzw")
+
+    def at_the_edge():
+        found = found_in(tmp_path / "a.tif", 0.25)[["x_px", "y_px"]].to_numpy()
+        return (~off_the_edge(found, width, height, 0.25)).sum(), len(found)
+
+    nothing, inside = at_the_edge()
+    assert nothing == 0 and inside > 12
+    monkeypatch.setattr("dasc.scan.off_the_edge", lambda points, *_: np.ones(len(points), bool))
+    assert at_the_edge()[0] >= 4
 
 
 def test_a_finer_slide_is_scanned_at_a_coarser_level(tmp_path):
