@@ -1,4 +1,8 @@
-"""Calibrated probabilities, and thresholds for a wanted precision or recall, both from the val fields."""
+"""Calibrated probabilities, and thresholds for a wanted precision or recall, both from the val fields.
+
+What a network makes of ordinary nuclei moves with the stain by several units of log odds, and a threshold with it. So
+every image's log odds are moved first until its ordinary candidates have those of the val fields: its background.
+"""
 
 import re
 from collections.abc import Sequence
@@ -16,9 +20,32 @@ from dasc.files import replacing
 from dasc.metrics import match_detections
 
 UNCALIBRATED = {"temperature": 1.0, "offset": 0.0}
+BACKGROUND_QUANTILE = 0.75  # of the log odds of an image's candidates; well below mitoses, near what resembles them
+BACKGROUND_PRIOR = 32  # candidates that the val fields' background counts for, so that a few cannot set an image's own
 FEWEST = 10  # right and wrong detections without which nothing is fitted
 BINS = 10  # of the reliability plot, equally wide; those with fewer than FEWEST_IN_BIN detections are left out
 FEWEST_IN_BIN = 5
+
+
+def background(odds: np.ndarray, expected: float | None = None) -> float:
+    """An image's background: the log odds (N,) that a quarter of its candidates exceed, N > 0.
+
+    expected: the val fields' background, which it is drawn to where there are few candidates (N may be 0 then).
+    """
+    if expected is None:
+        return float(np.quantile(odds, BACKGROUND_QUANTILE))
+    own = np.quantile(odds, BACKGROUND_QUANTILE) if len(odds) else expected
+    return float((len(odds) * own + BACKGROUND_PRIOR * expected) / (len(odds) + BACKGROUND_PRIOR))
+
+
+def shift_of(odds: np.ndarray, config: dict[str, Any]) -> float:
+    """What to add to an image's log odds so that its background is that of the val fields.
+
+    odds: (N,) of all its candidates, in one view. config: a checkpoint's; 0 where it knows no background, as
+    those trained on patches without fields, or before there was one.
+    """
+    expected = config.get("background")
+    return 0.0 if expected is None else expected - background(odds, expected)
 
 
 def right_detections(fields: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], radius: float) -> np.ndarray:
@@ -56,18 +83,21 @@ def fit_calibration(probabilities: np.ndarray, right: np.ndarray) -> dict[str, f
     return {"temperature": float(1 / slope), "offset": float(offset)}
 
 
-def calibrate(probabilities: np.ndarray, config: dict[str, Any]) -> np.ndarray:
-    """Calibrated probabilities (N,) by a checkpoint's temperature and offset; without them the same probabilities."""
+def calibrate(probabilities: np.ndarray, config: dict[str, Any], shift: float = 0.0) -> np.ndarray:
+    """Calibrated probabilities (N,) by the image's shift and a checkpoint's temperature and offset.
+
+    Without all of them the same probabilities.
+    """
     temperature, offset = (config.get(name, default) for name, default in UNCALIBRATED.items())
-    if (temperature, offset) == (1.0, 0.0):
+    if (temperature, offset, shift) == (1.0, 0.0, 0.0):
         return np.asarray(probabilities, float)
-    return expit(logit(_open(probabilities)) / temperature + offset)
+    return expit((logit(_open(probabilities)) + shift) / temperature + offset)
 
 
-def uncalibrate(probability: float, config: dict[str, Any]) -> float:
+def uncalibrate(probability: float, config: dict[str, Any], shift: float = 0.0) -> float:
     """The network's own probability that `calibrate` turns into this one."""
     temperature, offset = (config.get(name, default) for name, default in UNCALIBRATED.items())
-    return float(expit((logit(_open(np.float64(probability))) - offset) * temperature))
+    return float(expit((logit(_open(np.float64(probability))) - offset) * temperature - shift))
 
 
 def resolve_threshold(text: str, config: dict[str, Any], path: Path) -> float:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from scipy.spatial import cKDTree
 from scipy.special import expit
 
 from dasc.augment import dihedral, to_float
-from dasc.calibration import calibrate
+from dasc.calibration import calibrate, shift_of
 from dasc.errors import InputError
 from dasc.network import SearchNetwork
 from dasc.nuclei import find_candidates
@@ -155,6 +156,54 @@ def merge(points_px: np.ndarray, probabilities: np.ndarray, radius_px: float) ->
     return np.array(kept, dtype=int)
 
 
+class Looked(NamedTuple):
+    """What a network makes of a field's candidates.
+
+    points_px (N, 2) and odds (N,): the likely ones and their log odds over all views. first: log odds (M,) of all
+    candidates in the first view.
+    """
+
+    points_px: np.ndarray
+    odds: np.ndarray
+    first: np.ndarray
+
+
+def look_at(
+    network: SearchNetwork,
+    config: dict,
+    image: np.ndarray,
+    um_per_px: float,
+    *,
+    batch_size: int,
+    per_mm2: float,
+    views: int,
+) -> Looked:
+    """Find a field's candidates and look at them, at the likely ones again; arguments as `scan_field`."""
+    device = device_of(network)
+    points_px, _ = find_candidates(image, um_per_px, per_mm2, search_device(device))
+    points_px = points_px[off_the_edge(points_px, image.shape[1], image.shape[0], um_per_px)]
+    shown = normalise_stain(image) if config["normalise_stain"] else image
+    cutter = PatchCutter(shown, um_per_px, config["um_per_px"], config["patch_size"], device)
+    first = _log_odds_at(network, cutter, points_px, batch_size)
+    if views == 1:
+        return Looked(points_px, first, first)
+    area_mm2 = image.shape[0] * image.shape[1] * um_per_px**2 / 1e6
+    best = np.argsort(-first, kind="stable")[: max(AT_LEAST, round(SECOND_LOOK_PER_MM2 * area_mm2))]
+    others = _log_odds_at(network, cutter, points_px[best], batch_size, range(1, views))
+    return Looked(points_px[best], over_all_views(first[best], others, views), first)
+
+
+def detections_of(looked: Looked, config: dict, merge_px: float, smallest: float) -> pd.DataFrame:
+    """What `scan_field` gives, of candidates that were looked at; merge_px: its merge_um in the field's pixels."""
+    probabilities = calibrate(expit(looked.odds), config, shift_of(looked.first, config))
+    worth = probabilities >= smallest
+    points_px, probabilities = looked.points_px[worth], probabilities[worth]
+    kept = merge(points_px, probabilities, merge_px)
+    return pd.DataFrame(
+        {"x_px": points_px[kept, 0], "y_px": points_px[kept, 1], "probability": probabilities[kept].astype(float)}
+    )
+
+
 def scan_field(
     network: SearchNetwork,
     config: dict,
@@ -166,36 +215,16 @@ def scan_field(
     merge_um: float,
     views: int,
     smallest: float,
-    calibrated: bool = True,
 ) -> pd.DataFrame:
     """Detections of one field (H, W, 3) uint8, strongest first: x_px, y_px in its own pixels, probability.
 
     Nuclei nearer than EDGE_UM to the edge are left out: annotators leave them out too (docs/measured.md).
 
     Args:
-        config: the checkpoint's: patch_size in px, um_per_px, normalise_stain, temperature, offset.
+        config: the checkpoint's: patch_size in px, um_per_px, normalise_stain, background, temperature, offset.
         per_mm2: candidates looked at per mm2. merge_um: detections nearer than this become the strongest of them.
         views: right-angle views averaged in a second look at the SECOND_LOOK_PER_MM2 best; 1 leaves it out.
         smallest: detections below this probability are left out.
-        calibrated: give probabilities as the checkpoint's calibration makes them; False: as the network does.
     """
-    device = device_of(network)
-    points_px, _ = find_candidates(image, um_per_px, per_mm2, search_device(device))
-    points_px = points_px[off_the_edge(points_px, image.shape[1], image.shape[0], um_per_px)]
-    shown = normalise_stain(image) if config["normalise_stain"] else image
-    cutter = PatchCutter(shown, um_per_px, config["um_per_px"], config["patch_size"], device)
-    odds = _log_odds_at(network, cutter, points_px, batch_size)
-    if views > 1:
-        area_mm2 = image.shape[0] * image.shape[1] * um_per_px**2 / 1e6
-        best = np.argsort(-odds, kind="stable")[: max(AT_LEAST, round(SECOND_LOOK_PER_MM2 * area_mm2))]
-        points_px = points_px[best]
-        odds = over_all_views(odds[best], _log_odds_at(network, cutter, points_px, batch_size, range(1, views)), views)
-    probabilities = expit(odds)
-    if calibrated:
-        probabilities = calibrate(probabilities, config)
-    worth = probabilities >= smallest
-    points_px, probabilities = points_px[worth], probabilities[worth]
-    kept = merge(points_px, probabilities, merge_um / um_per_px)
-    return pd.DataFrame(
-        {"x_px": points_px[kept, 0], "y_px": points_px[kept, 1], "probability": probabilities[kept].astype(float)}
-    )
+    looked = look_at(network, config, image, um_per_px, batch_size=batch_size, per_mm2=per_mm2, views=views)
+    return detections_of(looked, config, merge_um / um_per_px, smallest)

@@ -184,7 +184,7 @@ def _is_sound(key: str, value: Any) -> bool:
         return isinstance(value, int) and is_number and 0 < value <= 4096
     if key == "um_per_px":
         return value is None or (is_number and value >= 0)  # none: patches of unknown resolution
-    if key in ("threshold", "offset"):
+    if key in ("threshold", "offset", "background"):
         return is_number
     if key == "temperature":
         return is_number and value > 0

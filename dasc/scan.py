@@ -18,7 +18,7 @@ import torch
 from scipy.special import expit
 from tqdm import tqdm
 
-from dasc.calibration import calibrate, uncalibrate
+from dasc.calibration import calibrate, shift_of, uncalibrate
 from dasc.detect import (
     AT_LEAST,
     SECOND_LOOK_PER_MM2,
@@ -86,6 +86,7 @@ def scan_slide(
     if progress.survey is None:
         progress.survey = survey_slide(network, config, slide, grid, tissue, **options)
     survey = progress.survey
+    to_val = survey.get("shift_of_odds", 0.0)  # none where there is no tissue
     if survey:
         device = device_of(network)
         stain = survey["stain"] and np.array(survey["stain"], np.float32)
@@ -99,7 +100,8 @@ def scan_slide(
             seen = off_the_edge(in_slide, slide.width, slide.height, um_per_px)
             return in_slide[seen], tile.patches(points_px[seen], config, stain, device)
 
-        looks = Looks(network, batch_size, views, survey["second_look"], uncalibrate(smallest, config))
+        lowest = uncalibrate(smallest, config, to_val)
+        looks = Looks(network, batch_size, views, survey["second_look"], lowest)
         places = place_tiles(grid, tissue, tile_um, shift)[progress.tiles :]
         with ThreadPoolExecutor(max(1, workers)) as pool:
             tiles = tqdm(ahead(pool, look, places, workers), "tiles", total=len(places), leave=False, unit="tile")
@@ -111,7 +113,7 @@ def scan_slide(
                     save(progress)
         progress.found += looks.flush()
     found = np.array(sorted(progress.found, key=lambda one: (-one[2], one[1], one[0]))).reshape(-1, 3)
-    found[:, 2] = calibrate(found[:, 2], config)
+    found[:, 2] = calibrate(found[:, 2], config, to_val)
     found = found[merge(found[:, :2], found[:, 2], merge_um / um_per_px)]
     return pd.DataFrame(found, columns=["x_px", "y_px", "probability"])
 
@@ -139,7 +141,7 @@ def survey_slide(
 
     Returns: stain, as `stain.estimate_stain`; padding_density, as `nuclei.measure_candidates`; middle and spread, as
     `nuclei.spread_of`; lowest_score, from which a candidate is looked at; second_look, the probability from which it
-    is looked at again.
+    is looked at again; shift_of_odds, as `calibration.shift_of`.
     """
     side = SURVEY_UM / (grid.step * grid.um_per_px)
     places = place_tiles(grid, tissue, SURVEY_UM, (0, 0))
@@ -168,14 +170,16 @@ def survey_slide(
     first = []
     for tile, (points_px, _), score in zip(tiles, found, scores, strict=True):
         patches = tile.patches(points_px[score >= lowest], config, stain, device)
-        first.append(expit(log_odds(network, patches, batch_size).numpy()))
+        first.append(log_odds(network, patches, batch_size).numpy())
+    odds = np.concatenate(first)
     return {
         "stain": None if stain is None else stain.tolist(),
         "padding_density": padding_density,
         "middle": middle.tolist(),
         "spread": spread.tolist(),
         "lowest_score": lowest,
-        "second_look": _cut(np.concatenate(first), max(AT_LEAST, round(SECOND_LOOK_PER_MM2 * area_mm2))),
+        "second_look": _cut(expit(odds), max(AT_LEAST, round(SECOND_LOOK_PER_MM2 * area_mm2))),
+        "shift_of_odds": shift_of(odds, config),
     }
 
 

@@ -10,8 +10,8 @@ from sklearn.metrics import precision_recall_curve
 from torch import Tensor
 from tqdm import tqdm
 
-from dasc.calibration import calibrate, fit_calibration, reliability, right_detections
-from dasc.detect import scan_field
+from dasc.calibration import background, calibrate, fit_calibration, reliability, right_detections
+from dasc.detect import detections_of, look_at
 from dasc.errors import InputError
 from dasc.fields import read_field
 from dasc.manifest import LABELS
@@ -103,27 +103,32 @@ def threshold_on_val(
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Scan the val fields as predict.py would: what the checkpoint's config gains, and the whole curve.
 
-    The config gains the calibration (temperature, offset) of the probabilities, the threshold with the best F1 and the
-    curve it was chosen from (val_curve), both in calibrated probabilities. Draws the reliability plot.
+    The config gains the mean background of the fields, the calibration (temperature, offset) of the probabilities, the
+    threshold with the best F1 and the curve it was chosen from (val_curve), both in calibrated probabilities. Draws the
+    reliability plot.
 
     Args:
         fields, annotations: of all splits, as stage 1 wrote them. The rest: as `detect.scan_field`.
     """
-    found = []
-    mitoses = annotations[annotations["label"] == 1]
-    for field in tqdm(list(fields[fields["split"] == "val"].itertuples()), "val fields", leave=False):
-        detections = scan_field(
+    of_val = list(fields[fields["split"] == "val"].itertuples())
+    looks = [
+        look_at(
             network,
             config,
             read_field(data_root / field.path),
             field.um_per_px,
             batch_size=batch_size,
             per_mm2=per_mm2,
-            merge_um=match_um,
             views=views,
-            smallest=0.01,
-            calibrated=False,
         )
+        for field in tqdm(of_val, "val fields", leave=False)
+    ]
+    backgrounds = [background(looked.first) for looked in looks if len(looked.first)]
+    common = {"background": float(np.mean(backgrounds))} if backgrounds else {}
+    found = []
+    mitoses = annotations[annotations["label"] == 1]
+    for field, looked in zip(of_val, looks, strict=True):
+        detections = detections_of(looked, common, match_um / field.um_per_px, smallest=0.01)  # not calibrated yet
         truth_px = mitoses.loc[mitoses["image"] == field.image, ["x_px", "y_px"]].to_numpy()
         found_px = detections[["x_px", "y_px"]].to_numpy()
         found.append((truth_px * field.um_per_px, found_px * field.um_per_px, detections["probability"].to_numpy()))
@@ -133,4 +138,4 @@ def threshold_on_val(
     reliability(reliability_path, probabilities, right, calibration)
     found = [(truth, places, calibrate(probability, calibration)) for truth, places, probability in found]
     threshold, curve = choose_threshold(found, match_um)
-    return calibration | {"threshold": threshold, "val_curve": curve.to_dict("list")}, curve
+    return common | calibration | {"threshold": threshold, "val_curve": curve.to_dict("list")}, curve

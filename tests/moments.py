@@ -31,7 +31,7 @@ import dasc.training
 
 PLACES = [  # where the scripts find a function, and what happens there
     (torch.optim.Adam, "step", "step"),
-    (dasc.training, "scan_field", "field"),
+    (dasc.training, "look_at", "field"),
     (dasc.image_scan, "scan_field", "field"),
     (dasc.scan, "log_odds", "batch of tiles"),
     (dasc.patches, "write_patch", "patch"),

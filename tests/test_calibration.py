@@ -7,7 +7,16 @@ import pytest
 from PIL import Image
 from scipy.special import expit, logit
 
-from dasc.calibration import calibrate, fit_calibration, reliability, resolve_threshold, right_detections, uncalibrate
+from dasc.calibration import (
+    background,
+    calibrate,
+    fit_calibration,
+    reliability,
+    resolve_threshold,
+    right_detections,
+    shift_of,
+    uncalibrate,
+)
 from dasc.errors import InputError
 from dasc.metrics import choose_threshold, counts_to_scores
 
@@ -19,6 +28,30 @@ def overconfident(seed=0, number=4000):
     rng = np.random.default_rng(seed)
     true = rng.normal(-1.5, 1.5, number)
     return expit(2.5 * true + 3), rng.random(number) < expit(true)
+
+
+def test_the_background_is_what_a_quarter_of_the_candidates_exceed():
+    odds = np.random.default_rng(0).normal(-5, 2, 4001)
+    assert background(odds) == pytest.approx(np.quantile(odds, 0.75)) and (odds > background(odds)).sum() == 1000
+    mitoses = np.concatenate([odds, np.full(40, 9.0)])  # a hundredth more: it hardly moves
+    assert background(mitoses) - background(odds) < 0.05
+    assert background(odds[:0], expected=-3.0) == -3.0
+    few = background(odds[:16], expected=-3.0)  # half as many as the 32 that the expected one counts for
+    assert few == pytest.approx((np.quantile(odds[:16], 0.75) - 6.0) / 3)
+
+
+def test_an_image_is_brought_to_the_background_of_val():
+    odds = np.random.default_rng(1).normal(-5, 2, 500)
+    config = {"background": background(odds), "temperature": 2.0, "offset": 0.5}
+    assert shift_of(odds, config) == pytest.approx(0, abs=1e-9)
+    assert 2.7 < shift_of(odds - 3, config) < 3  # a stain on which everything looks less likely, but for the prior
+    assert shift_of(odds - 3, {"temperature": 2.0}) == 0  # a checkpoint without a background
+    moved = calibrate(expit(odds - 3), config, shift=3.0)
+    assert np.allclose(moved, calibrate(expit(odds), config), atol=1e-6)
+    for probability in (0.01, 0.3, 0.9):
+        own = uncalibrate(probability, config, shift=3.0)
+        assert calibrate(np.array([own]), config, shift=3.0)[0] == pytest.approx(probability)
+    assert calibrate(np.array([0.2]), {}, shift=1.0)[0] == pytest.approx(expit(logit(0.2) + 1))
 
 
 def test_the_fit_finds_temperature_and_offset():

@@ -212,7 +212,7 @@ def test_goals_and_numbers_for_the_threshold(small_run, tmp_path):
     ]
     flags += ["--device", "cpu", "--views", 1, "--overlays", "False", "--out"]
     config = read_checkpoint(small_run / "NS/model.pt")["config"]
-    assert {"temperature", "offset", "val_curve"} <= config.keys()
+    assert {"background", "temperature", "offset", "val_curve"} <= config.keys()
     curve = pd.DataFrame(config["val_curve"])
     goal = f"recall={curve['recall'].max():.2f}"[:10]
     succeed("predict.py", *flags, tmp_path / "a", "--threshold", goal)

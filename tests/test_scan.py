@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from scipy.spatial import cKDTree
+from scipy.special import logit
 from test_detect import Darkness
 
 from dasc import scan, slides
@@ -66,10 +68,10 @@ def soft():
     return network
 
 
-def found_in(path, um_per_px, tissue=None, **options):
+def found_in(path, um_per_px, tissue=None, config=CONFIG, **options):
     with open_slide(path) as slide:
         tissue = tissue or tissue_of(slide, um_per_px)
-        return scan_slide(soft(), CONFIG, slide, um_per_px, tissue, **OPTIONS | options)
+        return scan_slide(soft(), config, slide, um_per_px, tissue, **OPTIONS | options)
 
 
 def assert_same(one, other):
@@ -97,6 +99,24 @@ def test_a_slide_gives_nearly_what_a_field_gives(slide_file):
     strong = [table[table["probability"] > 0.5][["x_px", "y_px"]].to_numpy() * um_per_px for table in (field, slide)]
     near = np.linalg.norm(strong[0][:, None] - strong[1], axis=2) < 1
     assert len(strong[0]) > 30 and near.any(axis=1).mean() > 0.95 and near.any(axis=0).mean() > 0.95
+
+
+def test_a_slide_is_brought_to_the_background_of_val_as_a_field_is(slide_file):
+    path, um_per_px = slide_file
+    image, options = tifffile.imread(path), {name: value for name, value in OPTIONS.items() if name != "workers"}
+    everywhere = Tissue(np.ones((len(image) // 16, len(image) // 16), bool), 16)
+    known = CONFIG | {"background": 0.7}
+    odds = {}
+    for name, config in (("own", CONFIG), ("val's", known)):
+        field = scan_field(soft(), config, image, um_per_px, **options)
+        slide = found_in(path, um_per_px, everywhere, config)
+        pairs = cKDTree(slide[["x_px", "y_px"]]).query(field[["x_px", "y_px"]], distance_upper_bound=1 / um_per_px)
+        near = np.isfinite(pairs[0])
+        assert near.sum() > 30
+        of_field, of_slide = field["probability"].to_numpy()[near], slide["probability"].to_numpy()[pairs[1][near]]
+        odds[name] = np.median(logit(of_field)), np.median(logit(of_slide) - logit(of_field))
+    assert abs(odds["own"][1]) < 0.05 and abs(odds["val's"][1]) < 0.15
+    assert abs(odds["own"][0] - odds["val's"][0]) > 0.4
 
 
 def test_places_are_those_of_the_nuclei(tmp_path):
