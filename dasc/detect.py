@@ -178,7 +178,15 @@ def look_at(
     per_mm2: float,
     views: int,
 ) -> Looked:
-    """Find a field's candidates and look at them, at the likely ones again; arguments as `scan_field`."""
+    """Find a field's candidates and look at them, at the likely ones again.
+
+    Nuclei nearer than EDGE_UM to the edge are left out: annotators leave them out too (docs/measured.md).
+
+    Args:
+        config: the checkpoint's: patch_size in px, um_per_px, normalise_stain.
+        image: (H, W, 3) uint8. batch_size: patches scored together. per_mm2: candidates looked at per mm2.
+        views: right-angle views averaged in a second look at the SECOND_LOOK_PER_MM2 best; 1 leaves it out.
+    """
     device = device_of(network)
     points_px, _ = find_candidates(image, um_per_px, per_mm2, search_device(device))
     points_px = points_px[off_the_edge(points_px, image.shape[1], image.shape[0], um_per_px)]
@@ -210,21 +218,15 @@ def scan_field(
     image: np.ndarray,
     um_per_px: float,
     *,
-    batch_size: int,
-    per_mm2: float,
     merge_um: float,
-    views: int,
     smallest: float,
+    **options: int | float,
 ) -> pd.DataFrame:
     """Detections of one field (H, W, 3) uint8, strongest first: x_px, y_px in its own pixels, probability.
 
-    Nuclei nearer than EDGE_UM to the edge are left out: annotators leave them out too (docs/measured.md).
-
     Args:
-        config: the checkpoint's: patch_size in px, um_per_px, normalise_stain, background, temperature, offset.
-        per_mm2: candidates looked at per mm2. merge_um: detections nearer than this become the strongest of them.
-        views: right-angle views averaged in a second look at the SECOND_LOOK_PER_MM2 best; 1 leaves it out.
-        smallest: detections below this probability are left out.
+        config: the checkpoint's: as `look_at`, and background, temperature, offset.
+        merge_um: detections nearer than this become the strongest of them.
+        smallest: detections below this probability are left out. options: batch_size, per_mm2, views of `look_at`.
     """
-    looked = look_at(network, config, image, um_per_px, batch_size=batch_size, per_mm2=per_mm2, views=views)
-    return detections_of(looked, config, merge_um / um_per_px, smallest)
+    return detections_of(look_at(network, config, image, um_per_px, **options), config, merge_um / um_per_px, smallest)

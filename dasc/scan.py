@@ -2,8 +2,8 @@
 
 Of a field, the candidates are ranked, the stain is estimated and the second look is chosen among the field's own
 nuclei. A slide is surveyed first: squares spread evenly over its tissue give its stain, the spread of its candidates'
-measures, and the two cuts (a score, a first probability) that keep as many candidates per mm2 as in a field. After
-that every candidate is judged by itself, so that neither the tiles nor their order change the detections.
+measures, its background, and the two cuts (a score, a first probability) that keep as many candidates per mm2 as in a
+field. After that every candidate is judged by itself, so that neither the tiles nor their order change the detections.
 """
 
 from collections import deque

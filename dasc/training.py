@@ -108,7 +108,7 @@ def threshold_on_val(
     reliability plot.
 
     Args:
-        fields, annotations: of all splits, as stage 1 wrote them. The rest: as `detect.scan_field`.
+        fields, annotations: of all splits, as stage 1 wrote them. The rest: as `detect.look_at`.
     """
     of_val = list(fields[fields["split"] == "val"].itertuples())
     looks = [
