@@ -27,25 +27,20 @@ BINS = 10  # of the reliability plot, equally wide; those with fewer than FEWEST
 FEWEST_IN_BIN = 5
 
 
-def background(odds: np.ndarray, expected: float | None = None) -> float:
-    """An image's background: the log odds (N,) that a quarter of its candidates exceed, N > 0.
-
-    expected: the val fields' background, which it is drawn to where there are few candidates (N may be 0 then).
-    """
-    if expected is None:
-        return float(np.quantile(odds, BACKGROUND_QUANTILE))
-    own = np.quantile(odds, BACKGROUND_QUANTILE) if len(odds) else expected
-    return float((len(odds) * own + BACKGROUND_PRIOR * expected) / (len(odds) + BACKGROUND_PRIOR))
+def background(odds: np.ndarray) -> float:
+    """An image's background: the log odds (N,) that a quarter of its candidates exceed, N > 0."""
+    return float(np.quantile(odds, BACKGROUND_QUANTILE))
 
 
 def shift_of(odds: np.ndarray, config: dict[str, Any]) -> float:
-    """What to add to an image's log odds so that its background is that of the val fields.
+    """What to add to an image's log odds so that its background is that of the val fields; less for few candidates.
 
     odds: (N,) of all its candidates, in one view. config: a checkpoint's; 0 where it knows no background, as
     those trained on patches without fields, or before there was one.
     """
-    expected = config.get("background")
-    return 0.0 if expected is None else expected - background(odds, expected)
+    if "background" not in config or not len(odds):
+        return 0.0
+    return (config["background"] - background(odds)) * len(odds) / (len(odds) + BACKGROUND_PRIOR)
 
 
 def right_detections(fields: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], radius: float) -> np.ndarray:

@@ -86,7 +86,7 @@ def scan_slide(
     if progress.survey is None:
         progress.survey = survey_slide(network, config, slide, grid, tissue, **options)
     survey = progress.survey
-    to_val = survey.get("shift_of_odds", 0.0)  # none where there is no tissue
+    odds_shift = survey.get("shift_of_odds", 0.0)  # none where there is no tissue
     if survey:
         device = device_of(network)
         stain = survey["stain"] and np.array(survey["stain"], np.float32)
@@ -100,7 +100,7 @@ def scan_slide(
             seen = off_the_edge(in_slide, slide.width, slide.height, um_per_px)
             return in_slide[seen], tile.patches(points_px[seen], config, stain, device)
 
-        lowest = uncalibrate(smallest, config, to_val)
+        lowest = uncalibrate(smallest, config, odds_shift)
         looks = Looks(network, batch_size, views, survey["second_look"], lowest)
         places = place_tiles(grid, tissue, tile_um, shift)[progress.tiles :]
         with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -113,7 +113,7 @@ def scan_slide(
                     save(progress)
         progress.found += looks.flush()
     found = np.array(sorted(progress.found, key=lambda one: (-one[2], one[1], one[0]))).reshape(-1, 3)
-    found[:, 2] = calibrate(found[:, 2], config, to_val)
+    found[:, 2] = calibrate(found[:, 2], config, odds_shift)
     found = found[merge(found[:, :2], found[:, 2], merge_um / um_per_px)]
     return pd.DataFrame(found, columns=["x_px", "y_px", "probability"])
 

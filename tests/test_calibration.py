@@ -35,9 +35,10 @@ def test_the_background_is_what_a_quarter_of_the_candidates_exceed():
     assert background(odds) == pytest.approx(np.quantile(odds, 0.75)) and (odds > background(odds)).sum() == 1000
     mitoses = np.concatenate([odds, np.full(40, 9.0)])  # a hundredth more: it hardly moves
     assert background(mitoses) - background(odds) < 0.05
-    assert background(odds[:0], expected=-3.0) == -3.0
-    few = background(odds[:16], expected=-3.0)  # half as many as the 32 that the expected one counts for
-    assert few == pytest.approx((np.quantile(odds[:16], 0.75) - 6.0) / 3)
+    config = {"background": -3.0}
+    assert shift_of(odds[:0], config) == 0
+    few = odds[:16]  # half as many as the 32 that val's background counts for: a third of the way
+    assert shift_of(few, config) == pytest.approx((-3.0 - background(few)) / 3)
 
 
 def test_an_image_is_brought_to_the_background_of_val():
