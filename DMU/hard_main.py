@@ -36,7 +36,7 @@ OUT = "results/DMU_hard"  # folder to write
 BACKBONE = "resnet18"  # any timm model that gives feature maps
 STRIDE = 16  # px of the patch per cell of the feature map
 PRETRAINED = True  # start from timm's ImageNet weights (needs the model hub)
-INIT_WEIGHTS = ""  # start from this timm state dict on disk instead
+INIT_WEIGHTS = ""  # start from this timm state dict or model.pt on disk instead
 EPOCHS = 70  # of each label, over as many draws as it has hard patches
 SEEN_AFTER = 10  # epochs before predictions count
 KEEP_SHARE = 0.5  # `kept` is 1 from this share of right predictions on; clus_scl.py decides with its own
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--backbone", default=BACKBONE, help="timm model")
     parser.add_argument("--stride", type=int, default=STRIDE, help="px per cell of the feature map")
     parser.add_argument("--pretrained", type=true_or_false, default=PRETRAINED, help="timm's ImageNet weights")
-    parser.add_argument("--init_weights", default=INIT_WEIGHTS, help="timm state dict on disk to start from")
+    parser.add_argument("--init_weights", default=INIT_WEIGHTS, help="timm state dict or model.pt to start from")
     parser.add_argument("--epochs", type=positive, default=EPOCHS, help="epochs of each label")
     parser.add_argument("--seen_after", type=int, default=SEEN_AFTER, help="epochs before predictions count")
     parser.add_argument("--keep_share", type=float, default=KEEP_SHARE, help="share of right levels for kept = 1")

@@ -57,7 +57,7 @@ DATA_ROOT = ""  # dataset folder with the val fields; empty: where it lay at sta
 BACKBONE = "resnet18"  # any timm model that gives feature maps
 STRIDE = 16  # px of the patch per cell of the CAM; 16 is the third block of ResNet18
 PRETRAINED = True  # start from timm's ImageNet weights (needs the model hub)
-INIT_WEIGHTS = ""  # start from this timm state dict on disk instead
+INIT_WEIGHTS = ""  # start from this timm state dict or model.pt on disk instead
 EPOCHS = 99  # passes over as many label-balanced patches as SCL.csv holds
 WARMUP = 10  # epochs whose contrastive loss compares labels; then it compares subclasses
 CLUSTER_EVERY = 10  # epochs after which the subclasses are found anew
@@ -100,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--backbone", default=BACKBONE, help="timm model")
     parser.add_argument("--stride", type=int, default=STRIDE, help="px per cell of the CAM")
     parser.add_argument("--pretrained", type=true_or_false, default=PRETRAINED, help="timm's ImageNet weights")
-    parser.add_argument("--init_weights", default=INIT_WEIGHTS, help="timm state dict on disk to start from")
+    parser.add_argument("--init_weights", default=INIT_WEIGHTS, help="timm state dict or model.pt to start from")
     parser.add_argument("--epochs", type=positive, default=EPOCHS)
     parser.add_argument("--warmup", type=int, default=WARMUP, help="epochs that contrast labels, not subclasses")
     parser.add_argument("--cluster_every", type=positive, default=CLUSTER_EVERY, help="epochs between clusterings")

@@ -35,7 +35,7 @@ OUT = "results/DMU"  # folder to write
 BACKBONE = "resnet18"  # any timm model that gives feature maps
 STRIDE = 16  # px of the patch per cell of the feature maps
 PRETRAINED = True  # start from timm's ImageNet weights (needs the model hub)
-INIT_WEIGHTS = ""  # start both branches from this timm state dict on disk instead
+INIT_WEIGHTS = ""  # start both branches from this timm state dict or model.pt on disk instead
 EPOCHS = 100  # passes over all training patches, each patch once
 WARMUP = 5  # epochs in which the learning rate rises to LR
 COUNT_AFTER = 20  # epochs before states, learned and forgotten are counted
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--backbone", default=BACKBONE, help="timm model")
     parser.add_argument("--stride", type=int, default=STRIDE, help="px per cell of the feature maps")
     parser.add_argument("--pretrained", type=true_or_false, default=PRETRAINED, help="timm's ImageNet weights")
-    parser.add_argument("--init_weights", default=INIT_WEIGHTS, help="timm state dict on disk to start from")
+    parser.add_argument("--init_weights", default=INIT_WEIGHTS, help="timm state dict or model.pt to start from")
     parser.add_argument("--epochs", type=positive, default=EPOCHS)
     parser.add_argument("--warmup", type=int, default=WARMUP, help="epochs in which the learning rate rises")
     parser.add_argument("--count_after", type=int, default=COUNT_AFTER, help="epochs before states are counted")

@@ -54,7 +54,7 @@ DATA_ROOT = ""  # dataset folder with the val fields; empty: where it lay at sta
 BACKBONE = "resnet18"  # any timm model that gives feature maps
 STRIDE = 16  # px of the patch per cell of the CAM; 16 is the third block of ResNet18
 PRETRAINED = True  # start from timm's ImageNet weights (needs the model hub)
-INIT_WEIGHTS = ""  # start from this timm state dict on disk instead
+INIT_WEIGHTS = ""  # start from this timm state dict or model.pt on disk instead
 EPOCHS = 25  # passes over as many label-balanced patches as the training split holds
 BATCH_SIZE = 128  # patches per step
 LR = 1e-4  # learning rate of Adam at the start; it falls to 0 along a cosine
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--backbone", default=BACKBONE, help="timm model")
     parser.add_argument("--stride", type=int, default=STRIDE, help="px per cell of the CAM")
     parser.add_argument("--pretrained", type=true_or_false, default=PRETRAINED, help="timm's ImageNet weights")
-    parser.add_argument("--init_weights", default=INIT_WEIGHTS, help="timm state dict on disk to start from")
+    parser.add_argument("--init_weights", default=INIT_WEIGHTS, help="timm state dict or model.pt to start from")
     parser.add_argument("--epochs", type=positive, default=EPOCHS)
     parser.add_argument("--batch_size", type=positive, default=BATCH_SIZE, help="patches per step")
     parser.add_argument("--lr", type=float, default=LR, help="learning rate at the start")

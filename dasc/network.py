@@ -75,13 +75,17 @@ def _feature_strides(backbone: str) -> list[int]:
 
 
 def load_backbone_weights(network: SearchNetwork, path: Path) -> None:
-    """Start the backbone from a timm state dict on disk (the weights of the whole model, or of the cut one).
+    """Start the backbone from weights on disk: a checkpoint of stage 2 or 8, or a timm state dict, whole or cut.
+
+    Of a checkpoint the head stays out: only what the backbone has learned carries over to another training.
 
     Raises:
         InputError: unreadable file, or weights of another backbone: every tensor the backbone has must be there.
     """
     weights = read_tensors(path)
     weights = weights.get("model", weights) if isinstance(weights, dict) else {}
+    named = weights.items() if isinstance(weights, dict) else ()
+    weights = {str(name).removeprefix("backbone."): tensor for name, tensor in named}
     wanted = network.backbone.state_dict()
     absent = [
         name
@@ -91,7 +95,7 @@ def load_backbone_weights(network: SearchNetwork, path: Path) -> None:
     if absent:
         raise InputError(
             f"{path}: does not fit the backbone: {len(absent)} of {len(wanted)} tensors are missing or of another "
-            f"shape (first: {absent[0]}); expected a timm state dict of the same --backbone"
+            f"shape (first: {absent[0]}); expected a timm state dict, or a model.pt, of the same --backbone"
         )
     network.backbone.load_state_dict({name: weights[name] for name in wanted})
 

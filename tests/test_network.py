@@ -64,6 +64,22 @@ def test_weights_from_disk(tmp_path):
         load_backbone_weights(SearchNetwork("mobilenetv3_small_100"), tmp_path / "weights.pt")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_from_a_checkpoint(tmp_path, dtype):
+    torch.manual_seed(1)
+    content = checkpoint()
+    content["model"] = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in content["model"].items()
+    }
+    save_checkpoint(tmp_path / "model.pt", content)
+    network = SearchNetwork("resnet10t")
+    head = network.cam_head.weight.clone()
+    load_backbone_weights(network, tmp_path / "model.pt")
+    for name, tensor in network.backbone.state_dict().items():
+        assert torch.equal(tensor, content["model"][f"backbone.{name}"].to(tensor.dtype))
+    assert torch.equal(network.cam_head.weight, head)
+
+
 def checkpoint(**changes):
     config = {**CONFIG, "classes": list(CLASSES), "manifest_sha256": ""} | changes
     return {"model": SearchNetwork("resnet10t").state_dict(), "config": config}

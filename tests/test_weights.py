@@ -6,7 +6,7 @@ import torch
 from pipeline import ROOT, succeed
 
 from dasc.files import sha256
-from dasc.network import load_network
+from dasc.network import SearchNetwork, load_backbone_weights, load_network
 
 WEIGHTS = ROOT / "weights" / "dasc_mitos.pt"
 
@@ -17,6 +17,14 @@ def test_file_is_small_and_holds_what_predicting_needs():
     assert (config["patch_size"], config["um_per_px"], config["normalise_stain"]) == (96, 0.167, True)
     assert 0 < config["threshold"] < 1 and config["temperature"] > 0
     assert all(torch.isfinite(value).all() for value in network.state_dict().values())
+
+
+def test_a_training_starts_from_it():
+    network = SearchNetwork("tf_efficientnet_lite0", 32)
+    load_backbone_weights(network, WEIGHTS)
+    learned = torch.load(WEIGHTS, weights_only=True)["model"]
+    for name, tensor in network.backbone.state_dict().items():
+        assert torch.equal(tensor, learned[f"backbone.{name}"].to(tensor.dtype))
 
 
 def test_model_card_names_the_file():
