@@ -8,9 +8,9 @@ LIGHT := --backbone resnet10t --pretrained False --lr 1e-3
 
 
 # make mitos14 DATA=folder: the nine stages on MITOS-ATYPIA-14 with a light backbone; what is done is not done again.
-# WEIGHTS=file: ImageNet weights from disk (a timm state dict) where the model hub cannot be reached.
+# WEIGHTS=file: what every training starts from; WEIGHTS= without a file: ImageNet weights from the model hub.
 DATA ?=
-WEIGHTS ?=
+WEIGHTS ?= weights/dasc_figures.pt
 FIELDS14 := --dataset mitos14 --data_root $(DATA) --val H03 --test H05
 CUT14 := $(FIELDS14) --patch_size 64 --shifts 0 --resume
 LIGHT14 := --backbone tf_efficientnet_lite0 --stride 32 $(if $(WEIGHTS),--init_weights $(WEIGHTS))
