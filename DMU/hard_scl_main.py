@@ -39,6 +39,7 @@ from dasc.manifest import LABELS, read_cut_fields, read_cut_run, read_patches
 from dasc.network import (
     CLASSES,
     SearchNetwork,
+    blend,
     check_same_run,
     fold_batch_norms,
     load_backbone_weights,
@@ -46,7 +47,7 @@ from dasc.network import (
     update_average,
 )
 from dasc.patches import load_patches
-from dasc.run import pick_device, positive, record_run, run_script, true_or_false
+from dasc.run import pick_device, positive, record_run, run_script, share, true_or_false
 from dasc.training import balanced_order, batches, best_f1, check_batch, check_val_fields, cosine, threshold_on_val
 
 # Edit here, or override one run with the flag of the same name.
@@ -58,6 +59,7 @@ BACKBONE = "resnet18"  # any timm model that gives feature maps
 STRIDE = 16  # px of the patch per cell of the CAM; 16 is the third block of ResNet18
 PRETRAINED = True  # start from timm's ImageNet weights (needs the model hub)
 INIT_WEIGHTS = ""  # start from this timm state dict or model.pt on disk instead
+START_SHARE = 0.5  # how far the kept weights go back to a model.pt that --init_weights names; 0: not at all
 EPOCHS = 99  # passes over as many label-balanced patches as SCL.csv holds
 WARMUP = 10  # epochs whose contrastive loss compares labels; then it compares subclasses
 CLUSTER_EVERY = 10  # epochs after which the subclasses are found anew
@@ -101,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stride", type=int, default=STRIDE, help="px per cell of the CAM")
     parser.add_argument("--pretrained", type=true_or_false, default=PRETRAINED, help="timm's ImageNet weights")
     parser.add_argument("--init_weights", default=INIT_WEIGHTS, help="timm state dict or model.pt to start from")
+    parser.add_argument("--start_share", type=share, default=START_SHARE, help="of that model.pt in the kept weights")
     parser.add_argument("--epochs", type=positive, default=EPOCHS)
     parser.add_argument("--warmup", type=int, default=WARMUP, help="epochs that contrast labels, not subclasses")
     parser.add_argument("--cluster_every", type=positive, default=CLUSTER_EVERY, help="epochs between clusterings")
@@ -161,8 +164,7 @@ def main(args: argparse.Namespace) -> int:
 
     torch.manual_seed(args.seed)
     network = SearchNetwork(args.backbone, args.stride, args.pretrained and not args.init_weights and not args.resume)
-    if args.init_weights:
-        load_backbone_weights(network, Path(args.init_weights))
+    start = load_backbone_weights(network, Path(args.init_weights)) if args.init_weights else None
     network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
     config = {
@@ -176,7 +178,8 @@ def main(args: argparse.Namespace) -> int:
         "manifest_sha256": sha256(manifest),
         "scl_sha256": sha256(scl_path),
     }
-    settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "workers", "resume")}
+    unsettled = ("out", "start_share", "device", "workers", "resume")  # no epoch depends on these
+    settings = {key: value for key, value in vars(args).items() if key not in unsettled}
     average = copy.deepcopy(network).eval()
     log, best, groups, spreads = [], None, torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.double)
     if args.resume:
@@ -261,6 +264,8 @@ def main(args: argparse.Namespace) -> int:
         write_csv(out / "log.csv", pd.DataFrame(log).round(6))  # before last.pt: with that, the epoch is done
         save_checkpoint(out / "last.pt", {**state, "config": config, "settings": settings})
 
+    if start:
+        best = blend(best, start, args.start_share)
     average.load_state_dict(best)
     folded = fold_batch_norms(average)
     facts, curve = threshold_on_val(

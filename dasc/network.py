@@ -74,18 +74,21 @@ def _feature_strides(backbone: str) -> list[int]:
         raise InputError(f"backbone {backbone}: gives no feature maps; choose a convolutional one") from error
 
 
-def load_backbone_weights(network: SearchNetwork, path: Path) -> None:
+def load_backbone_weights(network: SearchNetwork, path: Path) -> dict[str, Tensor] | None:
     """Start the backbone from weights on disk: a checkpoint of stage 2 or 8, or a timm state dict, whole or cut.
 
     Of a checkpoint the head stays out: only what the backbone has learned carries over to another training.
+
+    Returns:
+        The weights of a checkpoint that fits the whole network, head included, for `blend`; None of any other file.
 
     Raises:
         InputError: unreadable file, or weights of another backbone: every tensor the backbone has must be there.
     """
     weights = read_tensors(path)
     weights = weights.get("model", weights) if isinstance(weights, dict) else {}
-    named = weights.items() if isinstance(weights, dict) else ()
-    weights = {str(name).removeprefix("backbone."): tensor for name, tensor in named}
+    whole = weights if isinstance(weights, dict) else {}
+    weights = {str(name).removeprefix("backbone."): tensor for name, tensor in whole.items()}
     wanted = network.backbone.state_dict()
     absent = [
         name
@@ -98,6 +101,23 @@ def load_backbone_weights(network: SearchNetwork, path: Path) -> None:
             f"shape (first: {absent[0]}); expected a timm state dict, or a model.pt, of the same --backbone"
         )
     network.backbone.load_state_dict({name: weights[name] for name in wanted})
+    mine = network.state_dict()
+    fits = mine.keys() == whole.keys() and all(
+        isinstance(whole[name], Tensor) and whole[name].shape == tensor.shape for name, tensor in mine.items()
+    )
+    return {name: whole[name].to(tensor) for name, tensor in mine.items()} if fits else None
+
+
+def blend(trained: dict[str, Tensor], start: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """The weights this share of the way back from the trained ones to those the training started from.
+
+    What fine-tuning gains on its own slides, and what the start knew of others, are both kept (Wortsman et al. 2022,
+    "Robust fine-tuning of zero-shot models").
+    """
+    return {
+        name: tensor.lerp(start[name].to(tensor), share) if tensor.is_floating_point() else tensor
+        for name, tensor in trained.items()
+    }
 
 
 @torch.no_grad()

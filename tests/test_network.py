@@ -57,7 +57,7 @@ def test_weights_from_disk(tmp_path):
     source = timm.create_model("resnet10t")
     torch.save(source.state_dict(), tmp_path / "weights.pt")
     network = SearchNetwork("resnet10t")
-    load_backbone_weights(network, tmp_path / "weights.pt")
+    assert load_backbone_weights(network, tmp_path / "weights.pt") is None
     loaded = network.backbone.state_dict()
     assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in loaded.items())
     with pytest.raises(InputError, match="does not fit the backbone"):
@@ -74,7 +74,8 @@ def test_weights_from_a_checkpoint(tmp_path, dtype):
     save_checkpoint(tmp_path / "model.pt", content)
     network = SearchNetwork("resnet10t")
     head = network.cam_head.weight.clone()
-    load_backbone_weights(network, tmp_path / "model.pt")
+    start = load_backbone_weights(network, tmp_path / "model.pt")
+    assert start.keys() == network.state_dict().keys() and start["cam_head.weight"].dtype == torch.float32
     for name, tensor in network.backbone.state_dict().items():
         assert torch.equal(tensor, content["model"][f"backbone.{name}"].to(tensor.dtype))
     assert torch.equal(network.cam_head.weight, head)

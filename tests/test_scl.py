@@ -8,7 +8,7 @@ import pytest
 import torch
 from pipeline import LIGHT, fails, succeed
 
-from dasc.network import load_network
+from dasc.network import load_network, read_checkpoint
 
 SHORT = ["--epochs", 4, "--warmup", 1, "--cluster_every", 2, "--subclasses", 2, "--views", 1]
 
@@ -67,6 +67,16 @@ def test_resume_of_a_finished_run_and_with_another_table(small_run, scl, finishe
         fails("DMU/hard_scl_main.py", *flags(small_run, scl, tmp_path / "out", "--resume"), says="another SCL.csv")
     finally:
         scl.write_bytes(whole)
+
+
+def test_start_share_of_1_keeps_the_start(small_run, scl, tmp_path):
+    start = small_run / "NS/model.pt"
+    more = ["--epochs", 1, "--init_weights", start, "--start_share", 1]
+    succeed("DMU/hard_scl_main.py", *flags(small_run, scl, tmp_path / "out", *more))
+    kept, started = (read_checkpoint(path)["model"] for path in (tmp_path / "out/model.pt", start))
+    for name, tensor in started.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(kept[name], tensor)
 
 
 def change(scl, tmp_path, edit):

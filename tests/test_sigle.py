@@ -9,7 +9,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from pipeline import LIGHT, ROOT, call, fails
+from pipeline import LIGHT, ROOT, call, fails, succeed
 
 from dasc.network import read_checkpoint
 
@@ -37,6 +37,23 @@ def test_resume_refuses_another_run(small_run, tmp_path):
     fails("NS/sigle.py", *flags(small_run, tmp_path / "empty"), "--resume", says="last.pt")
     shutil.copy(tmp_path / "NS/model.pt", tmp_path / "NS/last.pt")
     fails("NS/sigle.py", *again, says="expected the last.pt of an interrupted training")
+
+
+def test_kept_weights_go_back_to_those_it_started_from(small_run, tmp_path):
+    """Nothing is trained again for another share, and share 1 is the start itself."""
+    start = small_run / "NS/model.pt"
+    again = [*flags(small_run, tmp_path / "NS"), "--epochs", 1, "--init_weights", start]
+    kept = {}
+    for share, resume in ((0, []), (0.5, ["--resume"]), (1, ["--resume"])):
+        succeed("NS/sigle.py", *again, "--start_share", share, *resume)
+        kept[share] = read_checkpoint(tmp_path / "NS/model.pt")["model"]
+    started = read_checkpoint(start)["model"]
+    floating = [name for name, tensor in started.items() if tensor.is_floating_point()]
+    assert any((kept[0][name] - started[name]).abs().max() > 0.01 for name in floating)
+    for name in floating:
+        torch.testing.assert_close(kept[0.5][name], (kept[0][name] + started[name]) / 2)
+        torch.testing.assert_close(kept[1][name], started[name])
+    assert "expected a number from 0 to 1" in call("NS/sigle.py", *again, "--start_share", 1.5).err
 
 
 def changed_manifest(small_run, tmp_path, change):
