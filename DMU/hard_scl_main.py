@@ -266,6 +266,7 @@ def main(args: argparse.Namespace) -> int:
 
     if start:
         best = blend(best, start, args.start_share)
+        print(f"the kept weights lie {args.start_share:.0%} of the way back to {args.init_weights}")
     average.load_state_dict(best)
     folded = fold_batch_norms(average)
     facts, curve = threshold_on_val(
@@ -294,6 +295,7 @@ def main(args: argparse.Namespace) -> int:
     epoch = max(range(len(log)), key=lambda index: log[index]["val_f1"])
     facts = {"patches": len(train), "best_epoch": epoch, "threshold": config["threshold"]}
     facts["skipped_patches"] = sum(row["skipped"] for row in log)  # of steps without a finite loss
+    facts["start_share"] = args.start_share if start else 0.0
     facts["subclasses"] = {
         word: train.loc[train["label"] == label, "subclass"].nunique() for label, word in LABELS.items()
     }

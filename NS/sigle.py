@@ -193,6 +193,7 @@ def main(args: argparse.Namespace) -> int:
 
     if start:
         best = blend(best, start, args.start_share)
+        print(f"the kept weights lie {args.start_share:.0%} of the way back to {args.init_weights}")
     average.load_state_dict(best)
     folded = fold_batch_norms(average)
     if cut_fields:
@@ -222,6 +223,7 @@ def main(args: argparse.Namespace) -> int:
     epoch = max(range(len(log)), key=lambda index: log[index]["val_f1"])
     skipped = sum(row["skipped"] for row in log)  # patches of steps without a finite loss
     facts = {"best_epoch": epoch, "threshold": config["threshold"], "skipped_patches": skipped}
+    facts["start_share"] = args.start_share if start else 0.0
     record_run(out, args, inputs={manifest: len(table)}, device=device, **facts)
     f1 = curve["f1"].max() if len(curve) else 0.0
     judged = "fields" if cut_fields else "patches"

@@ -47,6 +47,7 @@ def test_kept_weights_go_back_to_those_it_started_from(small_run, tmp_path):
     for share, resume in ((0, []), (0.5, ["--resume"]), (1, ["--resume"])):
         succeed("NS/sigle.py", *again, "--start_share", share, *resume)
         kept[share] = read_checkpoint(tmp_path / "NS/model.pt")["model"]
+        assert json.loads((tmp_path / "NS/run.json").read_text())["start_share"] == share
     started = read_checkpoint(start)["model"]
     floating = [name for name, tensor in started.items() if tensor.is_floating_point()]
     assert any((kept[0][name] - started[name]).abs().max() > 0.01 for name in floating)
