@@ -105,6 +105,8 @@ def predict(
     """Scan every image, write what is found and judge it where there are annotations; 1 if an image was skipped."""
     model_path, out = Path(args.model_path), Path(args.out)
     smallest = min(args.smallest, threshold)
+    # Judged is everything: on another laboratory's stain the best threshold can lie below what is worth writing.
+    looked_for = smallest if annotations is None else 0.0
     model_sha256 = sha256(model_path)
     tables, counts, entries, skipped = [], [], [], {}
     for field in tqdm(list(fields.itertuples()), desc="images", unit="image"):
@@ -127,7 +129,7 @@ def predict(
                     per_mm2=args.per_mm2,
                     merge_um=args.merge_um,
                     views=args.views,
-                    smallest=smallest,
+                    smallest=looked_for,
                     workers=args.workers,
                     resume=args.resume,
                 )
@@ -141,11 +143,10 @@ def predict(
                 truth = None
                 if annotations is not None:
                     annotations, truth = known_points(annotations, field.image, slide.width, slide.height)
-                write_image(folder, slide, detections, um_per_px, threshold, smallest, tissue, truth, args)
+                written = detections[detections["probability"] >= smallest]
+                write_image(folder, slide, written, um_per_px, threshold, smallest, tissue, truth, args)
                 if args.report:
-                    entries.append(
-                        report_entry(slide, um_per_px, overview, detections, hotspot, facts, args.thumbnails)
-                    )
+                    entries.append(report_entry(slide, um_per_px, overview, written, hotspot, facts, args.thumbnails))
         except WriteError:  # a full disk: every image after this one would fail too
             raise
         except InputError as error:
@@ -158,7 +159,7 @@ def predict(
     if not tables:
         raise InputError(f"none of the {len(fields)} images could be read; the first: {next(iter(skipped.values()))}")
     detections, counts = pd.concat(tables, ignore_index=True), pd.DataFrame(counts).assign(model_sha256=model_sha256)
-    write_detections(out / "detections.csv", detections)
+    write_detections(out / "detections.csv", detections[detections["probability"] >= smallest])
     write_counts(out / "counts.csv", counts)
     judged = judge(out, annotations, detections, counts, threshold, args, model_sha256)
     run = record_run(

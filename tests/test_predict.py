@@ -54,9 +54,12 @@ def test_curve_tells_what_other_thresholds_give(small_run, judged, tmp_path):
     best = metrics["best_threshold"]
     assert f"{metrics['best_f1']:.3f} at {best:.3f}" in done.out and (out / "curve.png").is_file()
     flags = ["--dataset", "sample", "--data_root", small_run / "sample", "--overlays", "False", "--report", "False"]
-    succeed("predict.py", *model(small_run), *flags, "--threshold", best, "--out", tmp_path)
+    succeed("predict.py", *model(small_run), *flags, "--threshold", best, "--smallest", best, "--out", tmp_path)
     again = json.loads((tmp_path / "metrics.json").read_text())
     assert again["f1"] == pytest.approx(metrics["best_f1"])
+    # what is too weak to be written is judged all the same
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "curve.csv"), curve)
+    assert len(pd.read_csv(tmp_path / "detections.csv")) == again["tp"] + again["fp"] < len(curve)
     succeed("predict.py", *model(small_run), *flags, "--match", "uts", "--out", tmp_path)
     assert not {"best_f1", "average_precision"} & set(json.loads((tmp_path / "metrics.json").read_text()))
     assert not (tmp_path / "curve.csv").exists()  # the run before this one wrote it
