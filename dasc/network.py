@@ -85,27 +85,29 @@ def load_backbone_weights(network: SearchNetwork, path: Path) -> dict[str, Tenso
     Raises:
         InputError: unreadable file, or weights of another backbone: every tensor the backbone has must be there.
     """
-    weights = read_tensors(path)
-    weights = weights.get("model", weights) if isinstance(weights, dict) else {}
-    whole = weights if isinstance(weights, dict) else {}
+    content = read_tensors(path)
+    content = content.get("model", content) if isinstance(content, dict) else {}
+    whole = content if isinstance(content, dict) else {}
     weights = {str(name).removeprefix("backbone."): tensor for name, tensor in whole.items()}
     wanted = network.backbone.state_dict()
-    absent = [
-        name
-        for name, tensor in wanted.items()
-        if not isinstance(weights.get(name), Tensor) or weights[name].shape != tensor.shape
-    ]
+    absent = _absent(weights, wanted)
     if absent:
         raise InputError(
             f"{path}: does not fit the backbone: {len(absent)} of {len(wanted)} tensors are missing or of another "
             f"shape (first: {absent[0]}); expected a timm state dict, or a model.pt, of the same --backbone"
         )
     network.backbone.load_state_dict({name: weights[name] for name in wanted})
-    mine = network.state_dict()
-    fits = mine.keys() == whole.keys() and all(
-        isinstance(whole[name], Tensor) and whole[name].shape == tensor.shape for name, tensor in mine.items()
-    )
-    return {name: whole[name].to(tensor) for name, tensor in mine.items()} if fits else None
+    wanted = network.state_dict()
+    return None if _absent(whole, wanted) else {name: whole[name].to(tensor) for name, tensor in wanted.items()}
+
+
+def _absent(weights: dict[str, Any], wanted: dict[str, Tensor]) -> list[str]:
+    """Names of the wanted tensors that the weights lack, or have in another shape."""
+    return [
+        name
+        for name, tensor in wanted.items()
+        if not isinstance(weights.get(name), Tensor) or weights[name].shape != tensor.shape
+    ]
 
 
 def blend(trained: dict[str, Tensor], start: dict[str, Tensor], share: float) -> dict[str, Tensor]:
