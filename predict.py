@@ -41,6 +41,7 @@ THRESHOLD = (
 PER_MM2 = 3000.0  # candidates looked at per mm2, best ranked first; fewer is faster and misses more
 MERGE_UM = 7.5  # detections nearer than this become the strongest of them
 VIEWS = 8  # right-angle views averaged for every likely candidate: 1, 2, 4 or 8
+BACKGROUND = True  # move every image's log odds to the background of the model's val fields; False: as the network's
 SMALLEST = 0.05  # detections below this probability are not written
 WHOLE_PX = 50_000_000  # images of more pixels are scanned as slides: tile by tile, on their tissue only
 OVERLAYS = True  # draw the detections on a copy of every field
@@ -70,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--per_mm2", type=float, default=PER_MM2, help="candidates looked at per mm2")
     parser.add_argument("--merge_um", type=float, default=MERGE_UM, help="nearer detections become one")
     parser.add_argument("--views", type=int, default=VIEWS, choices=(1, 2, 4, 8), help="views averaged per candidate")
+    parser.add_argument("--background", type=true_or_false, default=BACKGROUND, help="move images to that of val")
     parser.add_argument("--smallest", type=float, default=SMALLEST, help="smallest probability written")
     parser.add_argument("--whole_px", type=int, default=WHOLE_PX, help="larger images are scanned tile by tile")
     parser.add_argument("--overlays", type=true_or_false, default=OVERLAYS, help="draw the detections")
@@ -96,6 +98,8 @@ def main(args: argparse.Namespace) -> int:
     if not config["um_per_px"]:
         raise InputError(f"{model_path}: trained on patches of unknown resolution, so it cannot scan images")
     threshold = resolve_threshold(args.threshold, config, model_path)
+    if not args.background:
+        config.pop("background", None)  # as a checkpoint that knows none
     return predict(fields, annotations, network, config, threshold, args)
 
 

@@ -46,6 +46,7 @@ def find_mitoses(
     # A batch only changes the speed; everything else must be the same in a scan that is gone on with.
     settings = {name: value for name, value in options.items() if name != "batch_size"} | {
         "model_sha256": model_sha256,
+        "background": config.get("background"),
         "um_per_px": um_per_px,
         "file_bytes": slide.path.stat().st_size,
         "as_slide": tissue is not None,

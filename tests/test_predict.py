@@ -227,6 +227,25 @@ def test_goals_and_numbers_for_the_threshold(small_run, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+def test_an_image_is_left_at_its_own_background_when_asked(small_run, tmp_path):
+    content = read_checkpoint(small_run / "NS/model.pt")
+    content["config"]["background"] += 2.0  # so that every image is moved by something
+    save_checkpoint(tmp_path / "moved.pt", content)
+    del content["config"]["background"]
+    save_checkpoint(tmp_path / "without.pt", content)
+    flags = ["--images", small_run / "sample/images/009.tiff", "--device", "cpu", "--views", 1, "--threshold", 0.3]
+    flags += ["--overlays", "False", "--report", "False"]
+    found = {}
+    for name, more in {"moved": [], "without": [], "left": ["--background", "False"]}.items():
+        model_path = tmp_path / ("without.pt" if name == "without" else "moved.pt")
+        succeed("predict.py", *flags, *more, "--model_path", model_path, "--out", tmp_path / name)
+        found[name] = (tmp_path / name / "detections.csv").read_bytes()
+    assert found["left"] == found["without"] != found["moved"]
+    again = [*flags, "--model_path", tmp_path / "moved.pt", "--out", tmp_path / "moved", "--resume"]
+    done = call("predict.py", *again, "--background", "False")
+    assert done.status == 1 and "was begun with background" in done.err
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
