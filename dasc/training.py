@@ -100,6 +100,7 @@ def threshold_on_val(
     match_um: float,
     views: int,
     reliability_path: Path,
+    moved: bool = True,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Scan the val fields as predict.py would: what the checkpoint's config gains, and the whole curve.
 
@@ -108,7 +109,8 @@ def threshold_on_val(
     reliability plot.
 
     Args:
-        fields, annotations: of all splits, as stage 1 wrote them. The rest: as `detect.look_at`.
+        fields, annotations: of all splits, as stage 1 wrote them. moved: False for a model that leaves every image at
+        its own background. The rest: as `detect.look_at`.
     """
     of_val = list(fields[fields["split"] == "val"].itertuples())
     looks = [
@@ -124,7 +126,7 @@ def threshold_on_val(
         for field in tqdm(of_val, "val fields", leave=False)
     ]
     backgrounds = [background(looked.first) for looked in looks if len(looked.first)]
-    common = {"background": float(np.mean(backgrounds))} if backgrounds else {}
+    common = {"background": float(np.mean(backgrounds))} if moved and backgrounds else {}
     found = []
     mitoses = annotations[annotations["label"] == 1]
     for field, looked in zip(of_val, looks, strict=True):

@@ -1,7 +1,7 @@
 """Store a checkpoint with its convolutions as float16, half the size: how weights/dasc_mitos.pt was made.
 
-A network that has trained on every slide has none left to choose its threshold on. With --sibling it gets calibration
-and threshold of a model that was trained the same way without some cases, judged on the fields of those.
+A network that has trained on every slide has none left to choose its threshold on. With --sibling it gets
+background, calibration and threshold of a model that was trained the same way without some cases, judged on those.
 """
 
 import argparse
@@ -16,18 +16,19 @@ import torch
 from dasc.files import save_checkpoint
 from dasc.manifest import read_cut_fields
 from dasc.network import load_network, read_checkpoint
+from dasc.run import true_or_false
 from dasc.training import threshold_on_val
 
 
-def decided_on(model_path: Path, cut_folder: Path, cases: list[str], reliability_path: Path) -> dict:
-    """Calibration, threshold and val_curve of a model on all fields of these cases, as its stage 2 made them of val."""
+def decided_on(model_path: Path, cut_folder: Path, cases: list[str], moved: bool, reliability_path: Path) -> dict:
+    """What stage 2 takes from the val fields, from all fields of these cases; no background where none is `moved`."""
     network, config = load_network(model_path, torch.device("cpu"))
     data_root, fields, annotations = read_cut_fields(cut_folder)
     fields["split"] = fields["case"].isin(cases).map({True: "val", False: "train"})
     stage_2 = json.loads(model_path.with_name("run.json").read_text(encoding="utf-8"))["arguments"]
     settings = {name: stage_2[name] for name in ("batch_size", "per_mm2", "match_um", "views")}
     facts, curve = threshold_on_val(
-        network, config, data_root, fields, annotations, reliability_path=reliability_path, **settings
+        network, config, data_root, fields, annotations, reliability_path=reliability_path, moved=moved, **settings
     )
     print(f"{model_path} on {' '.join(cases)}: F1 {curve['f1'].max():.3f} at {facts['threshold']:.3f}")
     return facts
@@ -40,11 +41,13 @@ if __name__ == "__main__":
     parser.add_argument("--sibling", type=Path, help="model whose calibration and threshold the file gets")
     parser.add_argument("--patches", type=Path, default=Path("data/patches"), help="stage 1's folder of the sibling")
     parser.add_argument("--cases", nargs="+", default=["H03", "H05"], help="that the sibling has not trained on")
+    parser.add_argument("--background", type=true_or_false, default=True, help="move images to the sibling's")
     args = parser.parse_args()
     checkpoint = read_checkpoint(args.model_path)
     if args.sibling:
         reliability_path = args.sibling.with_name("sibling_reliability.png")
-        checkpoint["config"] |= decided_on(args.sibling, args.patches, args.cases, reliability_path)
+        checkpoint["config"].pop("background", None)
+        checkpoint["config"] |= decided_on(args.sibling, args.patches, args.cases, args.background, reliability_path)
     # Vectors (biases, BatchNorm's statistics) are small, and a variance can exceed float16's range.
     model = {name: value.half() if value.dim() > 1 else value for name, value in checkpoint["model"].items()}
     save_checkpoint(args.out, {"model": model, "config": checkpoint["config"]})
