@@ -348,13 +348,13 @@ def draw_embedding(path: Path, train: pd.DataFrame, features: np.ndarray, levels
     places = PCA(2, random_state=0).fit_transform(directions)
     level = train["level"].map(lambda level: "clean" if level == levels else f"level {level}")
     subclass = train["label"].map(LABELS) + " " + train["subclass"].astype(str)
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    figure = Figure(figsize=(15, 5.5), layout="constrained")
     for axis, (title, names) in zip(figure.subplots(1, 2), {"subclass": subclass, "level": level}.items(), strict=True):
         for name in sorted(names.unique()):
             mine = (names == name).to_numpy()
             axis.scatter(*places[mine].T, s=8, alpha=0.6, linewidths=0, label=f"{name} ({mine.sum()})")
         axis.set(title=f"by {title}", xlabel="first component", ylabel="second component")
-        axis.legend(markerscale=2)
+        axis.legend(markerscale=2, loc="upper left", bbox_to_anchor=(1, 1))  # beside, to hide no patch
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 

@@ -100,7 +100,7 @@ def threshold_on_val(
     match_um: float,
     views: int,
     reliability_path: Path,
-    moved: bool = True,
+    use_background: bool = True,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Scan the val fields as predict.py would: what the checkpoint's config gains, and the whole curve.
 
@@ -109,8 +109,8 @@ def threshold_on_val(
     reliability plot.
 
     Args:
-        fields, annotations: of all splits, as stage 1 wrote them. moved: False for a model that leaves every image at
-        its own background. The rest: as `detect.look_at`.
+        fields, annotations: of all splits, as stage 1 wrote them. use_background: False for a model
+        that leaves every image at its own. The rest: as `detect.look_at`.
     """
     of_val = list(fields[fields["split"] == "val"].itertuples())
     looks = [
@@ -126,7 +126,7 @@ def threshold_on_val(
         for field in tqdm(of_val, "val fields", leave=False)
     ]
     backgrounds = [background(looked.first) for looked in looks if len(looked.first)]
-    common = {"background": float(np.mean(backgrounds))} if moved and backgrounds else {}
+    common = {"background": float(np.mean(backgrounds))} if use_background and backgrounds else {}
     found = []
     mitoses = annotations[annotations["label"] == 1]
     for field, looked in zip(of_val, looks, strict=True):

@@ -9,13 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
+import torch
 from PIL import Image
 from pipeline import call, fails, succeed
 
 from dasc.errors import WriteError
 from dasc.fields import read_field
 from dasc.files import save_checkpoint, sha256
-from dasc.network import read_checkpoint
+from dasc.manifest import read_cut_fields
+from dasc.network import load_network, read_checkpoint
+from dasc.training import threshold_on_val
 
 
 def model(small_run):
@@ -244,6 +247,17 @@ def test_an_image_is_left_at_its_own_background_when_asked(small_run, tmp_path):
     again = [*flags, "--model_path", tmp_path / "moved.pt", "--out", tmp_path / "moved", "--resume"]
     done = call("predict.py", *again, "--background", "False")
     assert done.status == 1 and "was begun with background" in done.err
+
+
+def test_the_threshold_of_a_model_without_a_background(small_run, tmp_path):
+    network, config = load_network(small_run / "NS/model.pt", torch.device("cpu"))
+    settings = {"batch_size": 64, "per_mm2": 3000.0, "match_um": 7.5, "views": 1}
+    settings["reliability_path"] = tmp_path / "reliability.png"
+    of_val = read_cut_fields(small_run / "patches")
+    moved, _ = threshold_on_val(network, config, *of_val, **settings)
+    left, _ = threshold_on_val(network, config, *of_val, **settings, use_background=False)
+    assert moved.keys() - left.keys() == {"background"}
+    assert left["val_curve"] != moved["val_curve"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -20,16 +21,14 @@ from dasc.run import true_or_false
 from dasc.training import threshold_on_val
 
 
-def decided_on(model_path: Path, cut_folder: Path, cases: list[str], moved: bool, reliability_path: Path) -> dict:
-    """What stage 2 takes from the val fields, from all fields of these cases; no background where none is `moved`."""
+def decided_on(model_path: Path, cut_folder: Path, cases: list[str], **options: Any) -> dict:
+    """What stage 2 takes from the val fields, from all fields of these cases; options of `threshold_on_val`."""
     network, config = load_network(model_path, torch.device("cpu"))
     data_root, fields, annotations = read_cut_fields(cut_folder)
     fields["split"] = fields["case"].isin(cases).map({True: "val", False: "train"})
     stage_2 = json.loads(model_path.with_name("run.json").read_text(encoding="utf-8"))["arguments"]
     settings = {name: stage_2[name] for name in ("batch_size", "per_mm2", "match_um", "views")}
-    facts, curve = threshold_on_val(
-        network, config, data_root, fields, annotations, reliability_path=reliability_path, moved=moved, **settings
-    )
+    facts, curve = threshold_on_val(network, config, data_root, fields, annotations, **settings, **options)
     print(f"{model_path} on {' '.join(cases)}: F1 {curve['f1'].max():.3f} at {facts['threshold']:.3f}")
     return facts
 
@@ -47,7 +46,8 @@ if __name__ == "__main__":
     if args.sibling:
         reliability_path = args.sibling.with_name("sibling_reliability.png")
         checkpoint["config"].pop("background", None)
-        checkpoint["config"] |= decided_on(args.sibling, args.patches, args.cases, args.background, reliability_path)
+        options = {"reliability_path": reliability_path, "use_background": args.background}
+        checkpoint["config"] |= decided_on(args.sibling, args.patches, args.cases, **options)
     # Vectors (biases, BatchNorm's statistics) are small, and a variance can exceed float16's range.
     model = {name: value.half() if value.dim() > 1 else value for name, value in checkpoint["model"].items()}
     save_checkpoint(args.out, {"model": model, "config": checkpoint["config"]})
