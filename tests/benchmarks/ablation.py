@@ -79,6 +79,8 @@ def chain(home: Path, share: float, seed: int, args: argparse.Namespace) -> None
         labelled,
         "--patch_size",
         args.patch_size,
+        "--patch_um_per_px",
+        args.patch_um_per_px,
         "--shifts",
         args.shifts,
         "--seed",
@@ -179,6 +181,7 @@ if __name__ == "__main__":
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--init_weights", default="data/lite0.pt", help="see lite0_weights.py")
     parser.add_argument("--patch_size", type=int, default=64)
+    parser.add_argument("--patch_um_per_px", type=float, default=0.25, help="resolution of the patches")
     parser.add_argument("--stride", type=int, default=32)
     parser.add_argument("--shifts", type=int, default=3, help="shifted copies of every mitosis, as of stage 1")
     parser.add_argument("--lr", type=float, default=5e-4, help="of stages 2 and 8")
