@@ -2,6 +2,7 @@
 
 Reads patches.csv and the patches of stage 1 (or 3), and the dataset's val fields to choose the threshold; patches that
 come from no fields (pre/split_patches.py) have it chosen on the val patches and are judged in OUT/test.json.
+With --hard the training patches that stage 5 called noisy are left out.
 Writes OUT/model.pt (best epoch on val), log.csv, curves.png, val_curve.csv, reliability.png (calibration; with fields
 only), run.json and, to resume from, last.pt.
 """
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from dasc.augment import training_view
 from dasc.detect import score_patches
+from dasc.difficulty import join_by_patch, read_verdicts
 from dasc.errors import InputError
 from dasc.figures import curves, precision_recall
 from dasc.files import save_checkpoint, sha256, write_csv, write_json
@@ -50,6 +52,7 @@ from dasc.training import (
 
 # Edit here, or override one run with the flag of the same name.
 MANIFEST = "data/patches/patches.csv"  # patches to train on
+HARD = ""  # hard.csv of stage 5, whose noisy patches are left out of the training; empty: none is
 OUT = "results/NS"  # folder to write
 DATA_ROOT = ""  # dataset folder with the val fields; empty: where it lay at stage 1
 BACKBONE = "resnet18"  # any timm model that gives feature maps
@@ -78,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Flags: the constants above in lower case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--manifest", default=MANIFEST, help="patches.csv to train on")
+    parser.add_argument("--hard", default=HARD, help="hard.csv of stage 5: do not train on its noisy patches")
     parser.add_argument("--out", default=OUT, help="folder to write")
     parser.add_argument("--data_root", default=DATA_ROOT, help="dataset folder (default: where it lay at stage 1)")
     parser.add_argument("--backbone", default=BACKBONE, help="timm model")
@@ -108,6 +112,13 @@ def main(args: argparse.Namespace) -> int:
     manifest, out = Path(args.manifest), Path(args.out)
     table = read_patches(manifest)
     train, val = (table[table["split"] == split] for split in ("train", "val"))
+    inputs = {manifest: len(table)}
+    if args.hard:
+        inputs[args.hard] = len(train)
+        train = join_by_patch(train, read_verdicts(Path(args.hard)), manifest, Path(args.hard))
+        noisy = train["verdict"] == "noisy"
+        print(f"{args.hard}: {noisy.sum()} of {len(train)} training patches are noisy and left out")
+        train = train[~noisy]
     for name, part in (("train", train), ("val", val)):
         for label, word in LABELS.items():
             if not (part["label"] == label).any():
@@ -140,6 +151,8 @@ def main(args: argparse.Namespace) -> int:
         "threshold": 0.5,
         "manifest_sha256": sha256(manifest),
     }
+    if args.hard:
+        config["hard_sha256"] = sha256(Path(args.hard))
     unsettled = ("out", "start_share", "device", "workers", "resume")  # no epoch depends on these
     settings = {key: value for key, value in vars(args).items() if key not in unsettled}
     average = copy.deepcopy(network).eval()
@@ -147,6 +160,8 @@ def main(args: argparse.Namespace) -> int:
     if args.resume:
         checkpoint = read_checkpoint(out / "last.pt")
         check_same_run(out / "last.pt", checkpoint, settings, config)
+        if checkpoint["config"].get("hard_sha256") != config.get("hard_sha256"):
+            raise InputError(f"{out / 'last.pt'}: was trained on another hard.csv than {args.hard}; leave out --resume")
         network.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         average.load_state_dict(checkpoint["average"])
@@ -224,7 +239,7 @@ def main(args: argparse.Namespace) -> int:
     skipped = sum(row["skipped"] for row in log)  # patches of steps without a finite loss
     facts = {"best_epoch": epoch, "threshold": config["threshold"], "skipped_patches": skipped}
     facts["start_share"] = args.start_share if start else 0.0
-    record_run(out, args, inputs={manifest: len(table)}, device=device, **facts)
+    record_run(out, args, inputs=inputs, device=device, **facts)
     f1 = curve["f1"].max() if len(curve) else 0.0
     judged = "fields" if cut_fields else "patches"
     print(f"best epoch {epoch}; val {judged}: F1 {f1:.3f} at threshold {config['threshold']:.3f}")

@@ -151,12 +151,18 @@ def read_memory(path: Path) -> pd.DataFrame:
     return table
 
 
-def read_hard(path: Path, levels: int) -> pd.DataFrame:
-    """Read hard.csv; InputError as `read_samples`, and where a verdict or level is none that stage 5 gives."""
+def read_verdicts(path: Path) -> pd.DataFrame:
+    """Read hard.csv for its verdicts; InputError as `read_samples`, and where a verdict is none that stage 5 gives."""
     table = read_samples(path, HARD_COLUMNS, "python clus_hard.py")
     strange = table["verdict"][~table["verdict"].isin(VERDICTS)]
     if len(strange):
         raise InputError(f"{path}: verdict {strange.iloc[0]!r}, expected one of {', '.join(VERDICTS)}")
+    return table
+
+
+def read_hard(path: Path, levels: int) -> pd.DataFrame:
+    """Read hard.csv; InputError as `read_verdicts`, and where a level is none that stage 5 gives."""
+    table = read_verdicts(path)
     hard = table["verdict"] == "hard"
     wrong = np.where(hard, ~table["level"].isin(range(levels)), table["level"].notna())
     if wrong.any():

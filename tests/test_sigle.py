@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -83,6 +84,31 @@ def test_bad_manifest_is_one_line_and_writes_nothing(small_run, tmp_path, name):
     path = changed_manifest(small_run, tmp_path, change)
     fails("NS/sigle.py", *LIGHT, "--manifest", path, "--out", tmp_path / "NS", says=says)
     assert not (tmp_path / "NS").exists()
+
+
+def test_noisy_patches_are_left_out(small_run, tmp_path):
+    """Trained with hard.csv as on a manifest without what it calls noisy, and resumed with no other hard.csv."""
+    table = pd.read_csv(small_run / "patches/patches.csv")
+    train = table[table["split"] == "train"].reset_index(drop=True)
+    noisy = train.index % 3 == 0
+    rows = train[["patch", "label"]].assign(verdict=np.where(noisy, "noisy", "clean"), level=np.nan)
+    rows = rows.assign(forget_rate=0.0, centroid_distance=0.0, noise_score=0.0)
+    hard, out = tmp_path / "hard.csv", tmp_path / "NS"
+    rows.to_csv(hard, index=False)
+    done = succeed("NS/sigle.py", *flags(small_run, out), "--epochs", 1, "--hard", hard)
+    assert f"{noisy.sum()} of {len(train)} training patches are noisy" in done.out
+    left = changed_manifest(small_run, tmp_path, lambda table: table[~table["patch"].isin(train["patch"][noisy])])
+    succeed("NS/sigle.py", *LIGHT, "--epochs", 1, "--manifest", left, "--out", tmp_path / "left")
+    assert (out / "log.csv").read_bytes() == (tmp_path / "left/log.csv").read_bytes()
+    assert str(hard) in json.loads((out / "run.json").read_text())["inputs"]
+
+    again = [*flags(small_run, out), "--epochs", 1, "--hard", hard]
+    rows.assign(verdict="clean").to_csv(hard, index=False)
+    fails("NS/sigle.py", *again, "--resume", says="another hard.csv")
+    rows.assign(verdict="nosy").to_csv(hard, index=False)
+    fails("NS/sigle.py", *again, says="expected one of clean, hard, noisy, dropped")
+    rows[1:].to_csv(hard, index=False)
+    fails("NS/sigle.py", *again, says="lacks 1 of the")
 
 
 def test_moved_dataset_is_said_before_training(small_run, tmp_path):

@@ -29,7 +29,6 @@ from negatives import run
 
 from dasc.datasets import read_dataset
 from dasc.files import replacing, write_csv
-from dasc.manifest import read_patches
 from dasc.metrics import average_precision
 from dasc.splits import parse_cases
 
@@ -54,18 +53,16 @@ def dataset_with(share: float, seed: int, folder: Path, args: argparse.Namespace
 
 
 def epochs(table: Path, visits: int, least: int) -> int:
-    """Passes over the training patches of a manifest, or over the patches of SCL.csv, that show about this many."""
+    """Passes over the patches of a table that are trained on that show about this many.
+
+    Those of the split train in a manifest, those that are not noisy in hard.csv, all of SCL.csv.
+    """
     rows = pd.read_csv(table)
-    return max(least, round(visits / (len(rows) if "split" not in rows else (rows["split"] == "train").sum())))
-
-
-def without_noisy(manifest: Path, hard: Path) -> Path:
-    """A manifest beside this one that lacks the training patches called noisy."""
-    noisy = pd.read_csv(hard).query("verdict == 'noisy'")["patch"]
-    path = manifest.with_name(f"{manifest.stem}_without_noisy.csv")
-    table = read_patches(manifest)
-    write_csv(path, table[~table["patch"].isin(noisy)])
-    return path
+    if "split" in rows:
+        rows = rows[rows["split"] == "train"]
+    elif "verdict" in rows:
+        rows = rows[rows["verdict"] != "noisy"]
+    return max(least, round(visits / len(rows)))
 
 
 def chain(home: Path, share: float, seed: int, args: argparse.Namespace) -> None:
@@ -117,8 +114,8 @@ def chain(home: Path, share: float, seed: int, args: argparse.Namespace) -> None
     run(memory / "memory.csv", "DMU/main.py", *flags)
     between = ["--manifest", manifest, "--seed", seed]
     run(memory / "hard.csv", "clus_hard.py", *between, "--memory", memory / "memory.csv", "--out", memory)
-    kept = without_noisy(manifest, memory / "hard.csv")
-    flags = [*train, "--epochs", epochs(kept, args.visits, 5), "--manifest", kept]
+    passes = epochs(memory / "hard.csv", args.visits, 5)
+    flags = [*train, "--epochs", passes, "--manifest", manifest, "--hard", memory / "hard.csv"]
     run(home / "memory/model.pt", "NS/sigle.py", *flags, "--out", home / "memory")
 
     levels = [*network, "--lr", args.memory_lr, "--epochs", args.level_epochs, "--seen_after", args.level_epochs // 4]
