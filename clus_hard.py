@@ -17,7 +17,7 @@ from dasc.figures import contact_sheet
 from dasc.files import replacing, write_csv
 from dasc.manifest import LABELS, read_patches
 from dasc.patches import load_patches
-from dasc.run import positive, record_run, run_script
+from dasc.run import positive, record_run, run_script, true_or_false
 
 # Edit here, or override one run with the flag of the same name.
 MEMORY = "results/DMU/memory.csv"  # memory units of stage 4
@@ -25,6 +25,7 @@ MANIFEST = "data/patches_ns/patches.csv"  # the patches they are about; empty: n
 OUT = "results/DMU"  # folder to write
 NOISY_SHARE = 0.5  # noisy: flagged so in more than this share of the counted epochs; 0.0: in any (the paper)
 HARD_SHARE = 0.5  # hard: not noisy, and not clean in more than this share of the counted epochs; 0.0: in any (paper)
+TRUST_MITOSES = False  # True: a mitosis is hard at worst, never noisy or dropped; for labels of which few are wrong
 LEVELS = 3  # components of the mixture, which are the levels of difficulty of each label
 PER_GROUP = 24  # patches shown per verdict and level
 SEED = 0
@@ -41,6 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default=OUT, help="folder to write")
     parser.add_argument("--noisy_share", type=float, default=NOISY_SHARE, help="noisy in more than this share: noisy")
     parser.add_argument("--hard_share", type=float, default=HARD_SHARE, help="not clean in more than this share: hard")
+    parser.add_argument(
+        "--trust_mitoses", type=true_or_false, default=TRUST_MITOSES, help="drop no mitosis: it is hard at worst"
+    )
     parser.add_argument("--levels", type=positive, default=LEVELS, help="levels of difficulty per label")
     parser.add_argument("--per_group", type=int, default=PER_GROUP, help="patches shown per verdict and level")
     parser.add_argument("--seed", type=int, default=SEED)
@@ -57,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
         join_by_patch(memory, train, Path(args.memory), Path(args.manifest))
 
     table = memory[["patch", "label"]].assign(
-        verdict=verdicts(memory, args.noisy_share, args.hard_share),
+        verdict=verdicts(memory, args.noisy_share, args.hard_share, args.trust_mitoses),
         level=pd.array([pd.NA] * len(memory), dtype="Int64"),
         forget_rate=forget_rate(memory).round(6),
         centroid_distance=memory["centroid_distance"],

@@ -47,17 +47,21 @@ def forget_rate(memory: pd.DataFrame) -> np.ndarray:
     return (memory["forgotten"] / (memory["forgotten"] + memory["learned"])).to_numpy()
 
 
-def verdicts(memory: pd.DataFrame, noisy_share: float, hard_share: float) -> np.ndarray:
+def verdicts(memory: pd.DataFrame, noisy_share: float, hard_share: float, trust_mitoses: bool = False) -> np.ndarray:
     """Verdict (N,) of every row of a memory table: the first of these that holds.
 
     noisy: in more than `noisy_share` of its counted epochs neither view was selected (0: in any, the paper's rule).
     dropped: never selected, its forget rate is 1.
     hard: in more than `hard_share` of them it was not clean (0: in any). clean: the rest.
+    With `trust_mitoses` a mitosis that would be noisy or dropped is hard.
     """
     counted = memory["clean"] + memory["hard"] + memory["noisy"]
     noisy = memory["noisy"] / counted > noisy_share
     hard = (memory["hard"] + memory["noisy"]) / counted > hard_share
-    return np.select([noisy, forget_rate(memory) == 1, hard], ["noisy", "dropped", "hard"], "clean")
+    verdict = np.select([noisy, forget_rate(memory) == 1, hard], ["noisy", "dropped", "hard"], "clean")
+    if trust_mitoses:
+        verdict[(memory["label"] == 1) & np.isin(verdict, ["noisy", "dropped"])] = "hard"
+    return verdict
 
 
 def difficulty_levels(

@@ -129,6 +129,21 @@ def test_the_paper_flags_at_the_first_sign(done, tmp_path):
     assert red(done / "sorted") > 1.5 * red(tmp_path) > 0
 
 
+def test_trusted_mitoses_reach_stage_8(done, tmp_path):
+    succeed(HERE, *sort_flags(done, tmp_path / "sorted"), "--trust_mitoses", "True")
+    table = pd.read_csv(tmp_path / "sorted/hard.csv")
+    doubted, mitosis = table["patch"].map(kind_of).isin(["noisy", "dropped"]), table["label"] == 1
+    assert (table.loc[doubted & mitosis, "verdict"] == "hard").all()
+    assert table.loc[doubted & ~mitosis, "verdict"].tolist() == ["noisy"] * 3 + ["dropped"] * 2
+    assert (table["verdict"] == "hard").equals(table["level"].notna())
+    flags = ["--memory", done / "memory.csv", "--hard", tmp_path / "sorted/hard.csv", "--out", tmp_path]
+    checked = table.loc[table["verdict"] == "hard", ["patch", "label", "level"]].assign(seen=2, correct=2, kept=1)
+    checked.astype({"level": int}).to_csv(tmp_path / "checked.csv", index=False)
+    succeed("clus_scl.py", *flags, "--checked", tmp_path / "checked.csv")
+    stay = pd.read_csv(tmp_path / "SCL.csv")
+    assert stay.loc[stay["label"] == 1, "patch"].tolist() == table.loc[mitosis, "patch"].tolist()
+
+
 def test_too_few_hard_patches_fall_back_and_say_so(copied):
     few = "0/easy_0.png", "0/easy_1.png"
     change(

@@ -56,6 +56,14 @@ def test_noisy_in_every_epoch_needs_a_share_below_one():
     assert verdicts(memory([(0, 0, 10, 5, 5)]), 1.0, 0.0).tolist() == ["hard"]
 
 
+def test_trusted_mitoses_are_hard_at_worst():
+    rows = [(0, 0, 10, 0, 10), (0, 10, 0, 0, 10), (4, 0, 6, 4, 6), (2, 8, 0, 8, 2), (10, 0, 0, 10, 0)]
+    expected = {0: ["noisy", "dropped", "noisy", "hard", "clean"], 1: ["hard", "hard", "hard", "hard", "clean"]}
+    for label, of_label in expected.items():
+        assert verdicts(memory(rows).assign(label=label), 0.5, 0.5, trust_mitoses=True).tolist() == of_label
+        assert verdicts(memory(rows).assign(label=label), 0.5, 0.5).tolist() == expected[0]
+
+
 def test_forget_rate():
     assert forget_rate(memory([(1, 1, 0, 3, 1), (1, 1, 0, 0, 4), (1, 1, 0, 4, 0)])).tolist() == [0.25, 1.0, 0.0]
 

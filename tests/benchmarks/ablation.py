@@ -113,6 +113,7 @@ def chain(home: Path, share: float, seed: int, args: argparse.Namespace) -> None
     flags = [*network, "--lr", args.memory_lr, *schedule, "--manifest", manifest, "--out", memory]
     run(memory / "memory.csv", "DMU/main.py", *flags)
     between = ["--manifest", manifest, "--seed", seed]
+    between += ["--trust_mitoses", args.trust_mitoses]
     run(memory / "hard.csv", "clus_hard.py", *between, "--memory", memory / "memory.csv", "--out", memory)
     passes = epochs(memory / "hard.csv", args.visits, 5)
     flags = [*train, "--epochs", passes, "--manifest", manifest, "--hard", memory / "hard.csv"]
@@ -186,6 +187,7 @@ if __name__ == "__main__":
     parser.add_argument("--search_visits", type=int, default=32000, help="of the first arm, which has fewer patches")
     parser.add_argument("--memory_lr", type=float, default=3e-4, help="of stages 4 and 6")
     parser.add_argument("--memory_visits", type=int, default=40000, help="of stage 4, which looks at each twice")
+    parser.add_argument("--trust_mitoses", default="False", help="True: no mitosis is left out, as of stage 5")
     parser.add_argument("--level_epochs", type=int, default=12, help="of stage 6")
     args = parser.parse_args()
     out, rows = Path(args.out), []
