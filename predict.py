@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from dasc.calibration import UNCALIBRATED, resolve_threshold
+from dasc.calibration import UNCALIBRATED, resolve_threshold, steady_threshold
 from dasc.datasets import drop_outside, read_dataset
 from dasc.errors import InputError, WriteError
 from dasc.export import write_counts, write_detections, write_geojson, write_mitotic_figures
@@ -36,7 +36,7 @@ MODEL_PATH = "results/DMU_scl/model.pt"  # the trained network
 OUT = "results/predict"  # folder to write
 UM_PER_PX = 0.0  # resolution of the images in um/px; 0: as the file or the dataset states it
 THRESHOLD = (
-    "best"  # p(mitosis) from which a detection counts: a number, or by val: best (F1), precision=0.8, recall=0.9
+    "best"  # p(mitosis) from which a detection counts: a number, or by val: best (by F1), precision=0.8, recall=0.9
 )
 PER_MM2 = 3000.0  # candidates looked at per mm2, best ranked first; fewer is faster and misses more
 MERGE_UM = 7.5  # detections nearer than this become the strongest of them
@@ -165,7 +165,7 @@ def predict(
     detections, counts = pd.concat(tables, ignore_index=True), pd.DataFrame(counts).assign(model_sha256=model_sha256)
     write_detections(out / "detections.csv", detections[detections["probability"] >= smallest])
     write_counts(out / "counts.csv", counts)
-    judged = judge(out, annotations, detections, counts, threshold, args, model_sha256)
+    judged = judge(out, annotations, detections, counts, threshold, config, args, model_sha256)
     run = record_run(
         out,
         args,
@@ -187,7 +187,14 @@ def predict(
 
 
 def judge(
-    out: Path, annotations: pd.DataFrame | None, detections: pd.DataFrame, counts: pd.DataFrame, threshold, args, model
+    out: Path,
+    annotations: pd.DataFrame | None,
+    detections: pd.DataFrame,
+    counts: pd.DataFrame,
+    threshold: float,
+    config: dict,
+    args: argparse.Namespace,
+    model_sha256: str,
 ) -> str:
     """Write how good the detections are, where there are annotations; what to print of it.
 
@@ -203,13 +210,15 @@ def judge(
         if args.match == "um":  # the curve is matched one to one
             best, curve = choose_threshold(fields_in_um(annotations, detections, resolutions), RADIUS_UM)
             metrics |= {"best_f1": float(curve["f1"].max()) if len(curve) else 0.0, "best_threshold": best}
+            metrics |= {"steady_threshold": steady_threshold(curve, config)}
             metrics |= {"average_precision": average_precision(curve)}
             judged += f" at threshold {threshold:.3f}; in hindsight F1 {metrics['best_f1']:.3f} at {best:.3f}"
             judged += f"; average precision {metrics['average_precision']:.3f}"
+            judged += f"; for other images like these --threshold {metrics['steady_threshold']:.4f}"
             write_csv(out / "curve.csv", curve.round(6))
             precision_recall(out / "curve.png", curve, threshold)
             stale -= {"curve.csv", "curve.png"}
-        write_json(out / "metrics.json", {**metrics, "model_sha256": model})
+        write_json(out / "metrics.json", {**metrics, "model_sha256": model_sha256})
         write_csv(out / "metrics_per_field.csv", per_field)
         stale -= {"metrics.json", "metrics_per_field.csv"}
     for name in stale:

@@ -10,7 +10,14 @@ from sklearn.metrics import precision_recall_curve
 from torch import Tensor
 from tqdm import tqdm
 
-from dasc.calibration import background, calibrate, fit_calibration, reliability, right_detections
+from dasc.calibration import (
+    background,
+    calibrate,
+    fit_calibration,
+    reliability,
+    right_detections,
+    steady_threshold,
+)
 from dasc.detect import detections_of, look_at
 from dasc.errors import InputError
 from dasc.fields import read_field
@@ -105,8 +112,8 @@ def threshold_on_val(
     """Scan the val fields as predict.py would: what the checkpoint's config gains, and the whole curve.
 
     The config gains the mean background of the fields, the calibration (temperature, offset) of the probabilities, the
-    threshold with the best F1 and the curve it was chosen from (val_curve), both in calibrated probabilities. Draws the
-    reliability plot.
+    threshold (`calibration.steady_threshold`) and the curve it was chosen from (val_curve), both in calibrated
+    probabilities. Draws the reliability plot.
 
     Args:
         fields, annotations: of all splits, as stage 1 wrote them. use_background: False for a model
@@ -139,5 +146,6 @@ def threshold_on_val(
     calibration = fit_calibration(probabilities, right)
     reliability(reliability_path, probabilities, right, calibration)
     found = [(truth, places, calibrate(probability, calibration)) for truth, places, probability in found]
-    threshold, curve = choose_threshold(found, match_um)
+    _, curve = choose_threshold(found, match_um)
+    threshold = steady_threshold(curve, calibration)
     return common | calibration | {"threshold": threshold, "val_curve": curve.to_dict("list")}, curve
