@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from dasc.calibration import UNCALIBRATED, resolve_threshold, steady_threshold
+from dasc.calibration import UNCALIBRATED, resolve_threshold
 from dasc.datasets import drop_outside, read_dataset
 from dasc.errors import InputError, WriteError
 from dasc.export import write_counts, write_detections, write_geojson, write_mitotic_figures
@@ -22,7 +22,7 @@ from dasc.fields import choose_resolution, find_images
 from dasc.figures import overlay, precision_recall, write_png
 from dasc.files import file_name, sha256, write_csv, write_json
 from dasc.image_scan import count_mitoses, find_mitoses, look_over
-from dasc.metrics import RADIUS_UM, average_precision, choose_threshold, evaluate, fields_in_um
+from dasc.metrics import RADIUS_UM, average_precision, choose_threshold, evaluate, fields_in_um, plateau_threshold
 from dasc.network import load_network
 from dasc.readers import READERS
 from dasc.report import report_entry, write_report
@@ -165,7 +165,7 @@ def predict(
     detections, counts = pd.concat(tables, ignore_index=True), pd.DataFrame(counts).assign(model_sha256=model_sha256)
     write_detections(out / "detections.csv", detections[detections["probability"] >= smallest])
     write_counts(out / "counts.csv", counts)
-    judged = judge(out, annotations, detections, counts, threshold, config, args, model_sha256)
+    judged = judge(out, annotations, detections, counts, threshold, args, model_sha256)
     run = record_run(
         out,
         args,
@@ -192,7 +192,6 @@ def judge(
     detections: pd.DataFrame,
     counts: pd.DataFrame,
     threshold: float,
-    config: dict,
     args: argparse.Namespace,
     model_sha256: str,
 ) -> str:
@@ -210,11 +209,10 @@ def judge(
         if args.match == "um":  # the curve is matched one to one
             best, curve = choose_threshold(fields_in_um(annotations, detections, resolutions), RADIUS_UM)
             metrics |= {"best_f1": float(curve["f1"].max()) if len(curve) else 0.0, "best_threshold": best}
-            metrics |= {"steady_threshold": steady_threshold(curve, config)}
-            metrics |= {"average_precision": average_precision(curve)}
+            metrics |= {"plateau_threshold": plateau_threshold(curve), "average_precision": average_precision(curve)}
             judged += f" at threshold {threshold:.3f}; in hindsight F1 {metrics['best_f1']:.3f} at {best:.3f}"
             judged += f"; average precision {metrics['average_precision']:.3f}"
-            judged += f"; for other images like these --threshold {metrics['steady_threshold']:.4f}"
+            judged += f"; for other images like these --threshold {metrics['plateau_threshold']:.4f}"
             write_csv(out / "curve.csv", curve.round(6))
             precision_recall(out / "curve.png", curve, threshold)
             stale -= {"curve.csv", "curve.png"}

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from scipy.optimize import minimize
-from scipy.special import expit, logit, ndtr
+from scipy.special import expit, logit
 
 from dasc.errors import InputError
 from dasc.files import replacing
@@ -22,7 +22,6 @@ from dasc.metrics import match_detections
 UNCALIBRATED = {"temperature": 1.0, "offset": 0.0}
 BACKGROUND_QUANTILE = 0.75  # of the log odds of an image's candidates; well below mitoses, near what resembles them
 BACKGROUND_PRIOR = 32  # candidates that the val fields' background counts for, so that a few cannot set an image's own
-THRESHOLD_SPREAD = 2.5  # log odds of the network by which other images may lie off; less trusts the val fields more
 FEWEST = 10  # right and wrong detections without which nothing is fitted
 BINS = 10  # of the reliability plot, equally wide; those with fewer than FEWEST_IN_BIN detections are left out
 FEWEST_IN_BIN = 5
@@ -94,26 +93,6 @@ def uncalibrate(probability: float, config: dict[str, Any], shift: float = 0.0) 
     """The network's own probability that `calibrate` turns into this one."""
     temperature, offset = (config.get(name, default) for name, default in UNCALIBRATED.items())
     return float(expit((logit(_open(np.float64(probability))) - offset) * temperature - shift))
-
-
-def steady_threshold(curve: pd.DataFrame, config: dict[str, Any]) -> float:
-    """The threshold with the highest F1 on average over images whose log odds lie off by a normal deviation.
-
-    The best F1 of a few fields stands on a peak that other fields do not share. So the F1 of a threshold is the mean
-    over the thresholds around it, weighted by a normal density of THRESHOLD_SPREAD in the network's own log odds.
-
-    curve: of `metrics.choose_threshold`, in the probabilities that config (temperature) calibrates. 0.5 where it holds
-    no true positive.
-    """
-    f1 = curve["f1"].to_numpy(float)
-    if not f1.any():
-        return 0.5
-    odds = logit(_open(curve["threshold"].to_numpy(float)))
-    spread = THRESHOLD_SPREAD / config.get("temperature", UNCALIBRATED["temperature"])
-    # From one threshold to the next lower one F1 is a step, and below the last it stays: the mean is a sum over steps.
-    steps = np.diff(f1, prepend=0)
-    tried = np.linspace(odds[0], odds[-1], 300)
-    return float(expit(max(tried, key=lambda one: steps @ ndtr((odds - one) / spread))))
 
 
 def resolve_threshold(text: str, config: dict[str, Any], path: Path) -> float:

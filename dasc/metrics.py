@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit, logit
 
 from dasc.errors import InputError
 
 RADIUS_UM = 7.5  # the MIDOG challenge's radius: about that of a mitotic figure
+PLATEAU_SHARE = 0.85  # of the best F1; less takes the middle of a wider stretch of thresholds
 UTS_RADIUS_PX = 30  # the radius the paper and its baseline (UTS) count with
 
 
@@ -132,6 +134,21 @@ def choose_threshold(
         return float(thresholds[best]), curve
     middle = (thresholds[best] + thresholds[best + 1]) / 2
     return float(middle if middle > thresholds[best + 1] else thresholds[best]), curve
+
+
+def plateau_threshold(curve: pd.DataFrame) -> float:
+    """The middle, in log odds, of the thresholds whose F1 reaches PLATEAU_SHARE of the best: for other fields.
+
+    The best F1 of a few fields stands on a peak that other fields do not share, the middle of the plateau below it
+    depends less on them. curve: of `choose_threshold`; 0.5 where it holds no true positive.
+    """
+    f1 = curve["f1"].to_numpy(float)
+    if not f1.any():
+        return 0.5
+    odds = logit(np.clip(curve["threshold"].to_numpy(float), 1e-7, 1 - 1e-7))
+    reach = np.flatnonzero(f1 >= PLATEAU_SHARE * f1.max())
+    below = min(reach[-1] + 1, len(odds) - 1)  # as far down as nothing more is detected
+    return float(expit((odds[reach[0]] + odds[below]) / 2))
 
 
 def average_precision(curve: pd.DataFrame) -> float:

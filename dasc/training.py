@@ -10,19 +10,12 @@ from sklearn.metrics import precision_recall_curve
 from torch import Tensor
 from tqdm import tqdm
 
-from dasc.calibration import (
-    background,
-    calibrate,
-    fit_calibration,
-    reliability,
-    right_detections,
-    steady_threshold,
-)
+from dasc.calibration import background, calibrate, fit_calibration, reliability, right_detections
 from dasc.detect import detections_of, look_at
 from dasc.errors import InputError
 from dasc.fields import read_field
 from dasc.manifest import LABELS
-from dasc.metrics import choose_threshold, counts_to_scores
+from dasc.metrics import choose_threshold, counts_to_scores, plateau_threshold
 from dasc.network import SearchNetwork
 
 
@@ -112,7 +105,7 @@ def threshold_on_val(
     """Scan the val fields as predict.py would: what the checkpoint's config gains, and the whole curve.
 
     The config gains the mean background of the fields, the calibration (temperature, offset) of the probabilities, the
-    threshold (`calibration.steady_threshold`) and the curve it was chosen from (val_curve), both in calibrated
+    threshold (`metrics.plateau_threshold`) and the curve it was chosen from (val_curve), both in calibrated
     probabilities. Draws the reliability plot.
 
     Args:
@@ -147,5 +140,5 @@ def threshold_on_val(
     reliability(reliability_path, probabilities, right, calibration)
     found = [(truth, places, calibrate(probability, calibration)) for truth, places, probability in found]
     _, curve = choose_threshold(found, match_um)
-    threshold = steady_threshold(curve, calibration)
-    return common | calibration | {"threshold": threshold, "val_curve": curve.to_dict("list")}, curve
+    facts = common | calibration | {"threshold": plateau_threshold(curve)}
+    return facts | {"val_curve": curve.to_dict("list")}, curve

@@ -3,13 +3,11 @@
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image
 from scipy.special import expit, logit
 
 from dasc.calibration import (
-    THRESHOLD_SPREAD,
     background,
     calibrate,
     fit_calibration,
@@ -17,7 +15,6 @@ from dasc.calibration import (
     resolve_threshold,
     right_detections,
     shift_of,
-    steady_threshold,
     uncalibrate,
 )
 from dasc.errors import InputError
@@ -166,44 +163,3 @@ def test_the_reliability_plot_is_drawn(tmp_path, number):
 
 def test_the_formula():
     assert calibrate(np.array([0.8]), {"temperature": 2.0, "offset": 0.5})[0] == expit(logit(0.8) / 2 + 0.5)
-
-
-def curve_of(odds, f1):
-    return pd.DataFrame({"threshold": expit(np.asarray(odds, float)), "f1": f1})
-
-
-def test_a_steady_threshold_has_the_best_mean_f1_around_it(val):
-    (_, _, probability), config = val
-    curve = pd.DataFrame(config["val_curve"])
-    odds, f1 = logit(curve["threshold"].to_numpy()), curve["f1"].to_numpy()
-    moved = THRESHOLD_SPREAD * np.random.default_rng(0).normal(size=20_000)
-
-    def mean_f1(threshold):  # what a threshold scores: the row of the lowest curve point that reaches it, one by one
-        rows = np.searchsorted(-odds, -(logit(threshold) + moved), side="right") - 1
-        return np.where(rows >= 0, f1[rows], 0).mean()
-
-    chosen = steady_threshold(curve, {})
-    assert probability.min() <= chosen <= probability.max()
-    assert mean_f1(chosen) >= max(mean_f1(other) for other in curve["threshold"][::10]) - 2e-3
-
-
-def test_a_lonely_peak_does_not_set_the_threshold():
-    odds = np.arange(8, -4, -0.1)
-    f1 = np.where((odds < 3) & (odds > 0), 0.6, 0.3)
-    f1[np.abs(odds - 7).argmin()] = 0.9
-    assert 0 < logit(steady_threshold(curve_of(odds, f1), {})) < 3
-
-
-def test_calibration_does_not_move_a_steady_threshold(val):
-    (truth, places, probability), _ = val
-    config = {"temperature": 2.4, "offset": -1.5}
-    _, curve = choose_threshold([(truth, places, probability)], 7.5)
-    _, calibrated = choose_threshold([(truth, places, calibrate(probability, config))], 7.5)
-    expected = calibrate(np.array([steady_threshold(curve, {})]), config)[0]
-    assert steady_threshold(calibrated, config) == pytest.approx(expected, abs=1e-6)
-
-
-def test_one_detection_and_none_right():
-    assert steady_threshold(curve_of([1.0], [0.5]), {}) == pytest.approx(expit(1.0))
-    assert steady_threshold(curve_of([1.0, 0.0], [0.0, 0.0]), {}) == 0.5
-    assert steady_threshold(curve_of([], []), {}) == 0.5

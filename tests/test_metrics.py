@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score
 
 from dasc.errors import InputError
@@ -17,6 +18,7 @@ from dasc.metrics import (
     match_detections,
     match_field,
     match_uts,
+    plateau_threshold,
 )
 
 NOTHING = np.empty((0, 2))
@@ -144,6 +146,20 @@ def test_threshold_is_the_best_of_all(steps):
         at = max(t for t, f1 in by_hand.items() if f1 > best - 1e-12)
         below = max((t for t in by_hand if t < at), default=at)
         assert threshold == pytest.approx((at + below) / 2)
+
+
+def curve_of(odds, f1):
+    return pd.DataFrame({"threshold": expit(np.asarray(odds, float)), "f1": f1})
+
+
+def test_a_plateau_threshold_is_the_middle_of_what_nearly_reaches_the_best():
+    # 0.6 is the best, 0.51 is 85 % of it: from log odds 5 to just above -2, where F1 falls to 0.5
+    curve = curve_of([6, 5, 4, 3, 0, -2], [0.4, 0.52, 0.6, 0.2, 0.52, 0.5])
+    assert logit(plateau_threshold(curve)) == pytest.approx((5 - 2) / 2)
+    assert logit(plateau_threshold(curve[:5])) == pytest.approx((5 + 0) / 2)  # nothing is known below the last
+    assert plateau_threshold(curve_of([1.0], [0.5])) == pytest.approx(expit(1.0))
+    for nothing in (curve_of([], []), curve_of([1.0, 0.0], [0.0, 0.0])):
+        assert plateau_threshold(nothing) == 0.5
 
 
 def test_threshold_by_hand_and_when_there_is_nothing_to_choose_by():

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from pipeline import call, fails, succeed
 
-from dasc.calibration import steady_threshold
 from dasc.errors import WriteError
 from dasc.fields import read_field
 from dasc.files import save_checkpoint, sha256
 from dasc.manifest import read_cut_fields
+from dasc.metrics import plateau_threshold
 from dasc.network import load_network, read_checkpoint
 from dasc.training import threshold_on_val
 
@@ -57,9 +57,8 @@ def test_curve_tells_what_other_thresholds_give(small_run, judged, tmp_path):
     assert f"average precision {metrics['average_precision']:.3f}" in done.out
     best = metrics["best_threshold"]
     assert f"{metrics['best_f1']:.3f} at {best:.3f}" in done.out and (out / "curve.png").is_file()
-    assert f"--threshold {metrics['steady_threshold']:.4f}" in done.out
-    config = read_checkpoint(small_run / "NS/model.pt")["config"]
-    assert metrics["steady_threshold"] == pytest.approx(steady_threshold(curve, config), abs=1e-3)
+    assert f"--threshold {metrics['plateau_threshold']:.4f}" in done.out
+    assert metrics["plateau_threshold"] == pytest.approx(plateau_threshold(curve), abs=1e-3)
     flags = ["--dataset", "sample", "--data_root", small_run / "sample", "--overlays", "False", "--report", "False"]
     succeed("predict.py", *model(small_run), *flags, "--threshold", best, "--smallest", best, "--out", tmp_path)
     again = json.loads((tmp_path / "metrics.json").read_text())

@@ -1,7 +1,8 @@
 """What a threshold chosen on a few counted fields is worth on the other fields of the same slide.
 
 Reads what predict.py wrote for one split of MITOS-ATYPIA-14. Draws so many of its fields at random, chooses the
-threshold with the best F1 on them, and judges the others by it; beside it the same at the model's own threshold.
+threshold with the best F1 on them (f1_best) and the middle of its plateau (f1_plateau, what predict.py prints), and
+judges the others by both; beside them the same at the model's own threshold.
 """
 
 import argparse
@@ -15,7 +16,14 @@ import numpy as np
 import pandas as pd
 
 from dasc.datasets import read_dataset
-from dasc.metrics import RADIUS_UM, choose_threshold, counts_to_scores, fields_in_um, match_detections
+from dasc.metrics import (
+    RADIUS_UM,
+    choose_threshold,
+    counts_to_scores,
+    fields_in_um,
+    match_detections,
+    plateau_threshold,
+)
 
 
 def pooled_f1(fields: list[tuple], threshold: float) -> float:
@@ -48,14 +56,16 @@ if __name__ == "__main__":
         best = choose_threshold(fields, RADIUS_UM)[1]["f1"].max()
         rng = np.random.default_rng(args.seed)
         for number in args.fields:
-            counted, models = [], []
+            f1 = {"best": [], "plateau": [], "model": []}
             for _ in range(args.draws):
                 order = rng.permutation(len(fields))
-                threshold, _ = choose_threshold([fields[place] for place in order[:number]], RADIUS_UM)
+                peak, curve = choose_threshold([fields[place] for place in order[:number]], RADIUS_UM)
                 others = [fields[place] for place in order[number:]]
-                counted.append(pooled_f1(others, threshold))
-                models.append(pooled_f1(others, own))
-            row = {"predicted": str(folder), "fields": number, "f1": np.mean(counted)}
-            row |= {"f1_lowest_tenth": np.quantile(counted, 0.1), "f1_model_threshold": np.mean(models)}
+                thresholds = {"best": peak, "plateau": plateau_threshold(curve), "model": own}
+                for name, threshold in thresholds.items():
+                    f1[name].append(pooled_f1(others, threshold))
+            row = {"predicted": str(folder), "fields": number}
+            row |= {f"f1_{name}": np.mean(values) for name, values in f1.items()}
+            row |= {f"f1_{name}_lowest_tenth": np.quantile(values, 0.1) for name, values in f1.items()}
             rows.append(row | {"best_f1_all_fields": best})
     print(pd.DataFrame(rows).round(3).to_string(index=False))
