@@ -304,9 +304,8 @@ def main(args: argparse.Namespace) -> int:
             print(f"{word}: {count} subclasses, not {args.subclasses}: its patches give no more different features")
     record_run(out, args, inputs={manifest: len(table), scl_path: len(train)}, device=device, **facts)
     f1 = curve["f1"].max() if len(curve) else 0.0
-    print(
-        f"best epoch {epoch}; val fields: F1 {f1:.3f} at threshold {config['threshold']:.3f}; wrote {out / 'model.pt'}"
-    )
+    print(f"best epoch {epoch}; val fields: F1 {f1:.3f} at best; threshold {config['threshold']:.3f}")
+    print(f"wrote {out / 'model.pt'}")
     return 0
 
 

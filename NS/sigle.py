@@ -242,7 +242,7 @@ def main(args: argparse.Namespace) -> int:
     record_run(out, args, inputs=inputs, device=device, **facts)
     f1 = curve["f1"].max() if len(curve) else 0.0
     judged = "fields" if cut_fields else "patches"
-    print(f"best epoch {epoch}; val {judged}: F1 {f1:.3f} at threshold {config['threshold']:.3f}")
+    print(f"best epoch {epoch}; val {judged}: F1 {f1:.3f} at best; threshold {config['threshold']:.3f}")
     print(f"wrote {out / 'model.pt'}")
     return 0
 

@@ -29,7 +29,7 @@ def decided_on(model_path: Path, cut_folder: Path, cases: list[str], **options: 
     stage_2 = json.loads(model_path.with_name("run.json").read_text(encoding="utf-8"))["arguments"]
     settings = {name: stage_2[name] for name in ("batch_size", "per_mm2", "match_um", "views")}
     facts, curve = threshold_on_val(network, config, data_root, fields, annotations, **settings, **options)
-    print(f"{model_path} on {' '.join(cases)}: F1 {curve['f1'].max():.3f} at {facts['threshold']:.3f}")
+    print(f"{model_path} on {' '.join(cases)}: F1 {curve['f1'].max():.3f} at best; threshold {facts['threshold']:.3f}")
     return facts
 
 
