@@ -212,7 +212,8 @@ def judge(
             metrics |= {"plateau_threshold": plateau_threshold(curve), "average_precision": average_precision(curve)}
             judged += f" at threshold {threshold:.3f}; in hindsight F1 {metrics['best_f1']:.3f} at {best:.3f}"
             judged += f"; average precision {metrics['average_precision']:.3f}"
-            judged += f"; for other images like these --threshold {metrics['plateau_threshold']:.4f}"
+            if metrics["best_f1"]:  # without a mitosis found there is nothing to advise by
+                judged += f"; for other images like these --threshold {metrics['plateau_threshold']:.4f}"
             write_csv(out / "curve.csv", curve.round(6))
             precision_recall(out / "curve.png", curve, threshold)
             stale -= {"curve.csv", "curve.png"}

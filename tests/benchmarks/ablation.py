@@ -112,8 +112,7 @@ def chain(home: Path, share: float, seed: int, args: argparse.Namespace) -> None
     ]
     flags = [*network, "--lr", args.memory_lr, *schedule, "--manifest", manifest, "--out", memory]
     run(memory / "memory.csv", "DMU/main.py", *flags)
-    between = ["--manifest", manifest, "--seed", seed]
-    between += ["--trust_mitoses", args.trust_mitoses]
+    between = ["--manifest", manifest, "--seed", seed, "--trust_mitoses", args.trust_mitoses]
     run(memory / "hard.csv", "clus_hard.py", *between, "--memory", memory / "memory.csv", "--out", memory)
     passes = epochs(memory / "hard.csv", args.visits, 5)
     flags = [*train, "--epochs", passes, "--manifest", manifest, "--hard", memory / "hard.csv"]
