@@ -3,7 +3,9 @@
 import numpy as np
 from sklearn.cluster import KMeans
 
-ITERATIONS = 100  # of k-means at most; features that form no clusters would take many more
+STARTS = 3  # random starts of k-means
+ROUGH = 10  # iterations of every start; the best one goes on
+ITERATIONS = 100  # of that one at most; features that form no clusters would take many more
 SMOOTHING = 10  # patches added to a subclass's size under the logarithm, so that small ones are not all tight
 
 
@@ -22,8 +24,9 @@ def subclasses(features: np.ndarray, labels: np.ndarray, number: int, seed: int)
         members = np.flatnonzero(labels == label)
         directions = _normalised(features[members])
         clusters = min(number, len(np.unique(directions, axis=0)))
-        found = KMeans(clusters, n_init=3, max_iter=ITERATIONS, random_state=seed).fit_predict(directions)
-        result[members] = used + found
+        rough = KMeans(clusters, n_init=STARTS, max_iter=ROUGH, random_state=seed).fit(directions)
+        found = KMeans(clusters, init=rough.cluster_centers_, n_init=1, max_iter=ITERATIONS).fit(directions)
+        result[members] = used + found.labels_
         used += clusters
     return result
 

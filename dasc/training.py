@@ -10,7 +10,7 @@ from sklearn.metrics import precision_recall_curve
 from torch import Tensor
 from tqdm import tqdm
 
-from dasc.calibration import background, calibrate, fit_calibration, reliability, right_detections
+from dasc.calibration import UNCALIBRATED, background, calibrate, fit_calibration, reliability, right_detections
 from dasc.detect import detections_of, look_at
 from dasc.errors import InputError
 from dasc.fields import read_field
@@ -137,6 +137,11 @@ def threshold_on_val(
     probabilities = np.concatenate([np.empty(0), *(probability for _, _, probability in found)])
     right = right_detections(found, match_um)
     calibration = fit_calibration(probabilities, right)
+    if calibration == UNCALIBRATED:
+        print(
+            f"the val fields do not calibrate the probabilities ({right.sum()} of {len(right)} detections right): a "
+            "threshold chosen on them may not suit other fields; annotate more of them"
+        )
     reliability(reliability_path, probabilities, right, calibration)
     found = [(truth, places, calibrate(probability, calibration)) for truth, places, probability in found]
     _, curve = choose_threshold(found, match_um)

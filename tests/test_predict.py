@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from pipeline import call, fails, succeed
 
+from dasc.calibration import UNCALIBRATED
 from dasc.errors import WriteError
 from dasc.fields import read_field
 from dasc.files import save_checkpoint, sha256
@@ -261,6 +262,17 @@ def test_the_threshold_of_a_model_without_a_background(small_run, tmp_path):
     left, _ = threshold_on_val(network, config, *of_val, **settings, use_background=False)
     assert moved.keys() - left.keys() == {"background"}
     assert left["val_curve"] != moved["val_curve"]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_val_fields_that_do_not_calibrate_are_said(small_run, tmp_path, capsys, monkeypatch, temperature):
+    fitted = UNCALIBRATED | {"temperature": temperature}
+    monkeypatch.setattr("dasc.training.fit_calibration", lambda probabilities, right: fitted)
+    network, config = load_network(small_run / "NS/model.pt", torch.device("cpu"))
+    settings = {"batch_size": 64, "per_mm2": 3000.0, "match_um": 7.5, "views": 1}
+    settings["reliability_path"] = tmp_path / "reliability.png"
+    threshold_on_val(network, config, *read_cut_fields(small_run / "patches"), **settings)
+    assert ("do not calibrate" in capsys.readouterr().out) == (temperature == 1.0)
 
 
 @pytest.mark.parametrize(
