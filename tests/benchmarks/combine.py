@@ -5,11 +5,12 @@ um/px assumed; case 10 to train on, the others test or val) and mitotic_figures 
 mitosis).
 Writes OUT/fields.csv, annotations.csv and images/.
 
-The crops of one case become one mosaic, so that the stain is measured on all of them and not on a picture that is
-half mitosis. Each is framed by its mirror image, so that no patch shows a seam. A crop gives one negative, any of the
-candidates farther than 10 um from its mitosis (the darkest are often further mitoses, which nobody marked); a crop
-without one is left out: mitoses and negatives of every case, scanner and stain are as many, and style tells nothing
-about the label.
+The crops of one case become one strip, so that the stain is measured on all of them and not on a picture that is
+half mitosis. Each is framed by its mirror image, so that no patch shows a seam. A case gives as many negatives as
+mitoses, any of the candidates farther than 10 um from the mitosis of their crop (the darkest are often further mitoses,
+which nobody marked), one of every crop before a second one of any: mitoses and negatives of every case, scanner and
+stain are as many, and style tells nothing about the label. Every mitosis is annotated, for nuclei far from all
+annotations, which a mitosis without one would be, are what stage 1 draws random negatives from.
 """
 
 import argparse
@@ -52,55 +53,39 @@ def whole_fields(name: str, root: Path, splits: tuple, out: Path) -> tuple[Rows,
     return fields, points
 
 
-def mosaics(root: Path, out: Path) -> tuple[Rows, Rows]:
-    """A mosaic of every case; rows of fields.csv and annotations.csv."""
+def strips(root: Path, out: Path) -> tuple[Rows, Rows]:
+    """A strip of every case; rows of fields.csv and annotations.csv."""
     fields, points, rng = [], [], np.random.default_rng(0)
     for case, rows in tqdm(read_dataset("table", root).fields.groupby("case"), root.name):
         crops = [read_field(root / path) for path in rows["path"]]
-        crops = [crops[number] for number in negatives(crops, rng)]
-        if not crops:
-            continue
+        picture, middles_px = strip(crops)
+        found_px = negatives(picture, middles_px, crops[0].shape[0], rng)[: len(crops)]
         path = Path("images") / root.name / f"{case}.png"
-        write_png(out / path, mosaic(crops))
+        write_png(out / path, picture)
         fields.append((case, path.as_posix(), case, "train", ASSUMED_UM_PER_PX))
-        found = negatives(crops, rng)
-        for number in range(len(crops) // across(crops) * across(crops)):
-            corner = np.array(corner_px(number, crops))
-            points.append((case, *(corner + crops[0].shape[0] // 2), 1))
-            if number in found:  # another layout ranks the candidates a little differently
-                points.append((case, *(corner + found[number]), 0))
+        points += [(case, *place, 1) for place in middles_px]
+        points += [(case, *place, 0) for place in found_px]
     return fields, points
 
 
-def corner_px(number: int, crops: list[np.ndarray]) -> tuple[int, int]:
-    """x and y of the corner of a crop in the mosaic."""
-    line, place = divmod(number, across(crops))
-    tile = crops[0].shape[0] + 2 * FRAME
-    return place * tile + FRAME, line * tile + FRAME
-
-
-def across(crops: list[np.ndarray]) -> int:
-    return int(len(crops) ** 0.5)
-
-
-def mosaic(crops: list[np.ndarray]) -> np.ndarray:
-    """Crops side by side, each in its mirror image; those that would begin a line and not fill it are left out."""
+def strip(crops: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Crops side by side, each in its mirror image, and their middles (N, 2), x and y."""
     framed = [np.pad(crop, ((FRAME, FRAME), (FRAME, FRAME), (0, 0)), "reflect") for crop in crops]
-    wide = across(crops)
-    lines = [np.hstack(framed[start : start + wide]) for start in range(0, len(crops) // wide * wide, wide)]
-    return np.vstack(lines)
+    middles = [((number + 0.5) * framed[0].shape[1], framed[0].shape[0] / 2) for number in range(len(crops))]
+    return np.hstack(framed), np.array(middles)
 
 
-def negatives(crops: list[np.ndarray], rng: np.random.Generator) -> dict[int, np.ndarray]:
-    """For every crop of the mosaic that has one: a negative, x and y in the crop."""
-    points_px, _ = find_candidates(mosaic(crops), ASSUMED_UM_PER_PX, None)
-    side, edge = crops[0].shape[0], EDGE_UM / ASSUMED_UM_PER_PX
-    tile, inside = np.divmod(points_px, side + 2 * FRAME)
-    inside -= FRAME
-    numbers = (tile[:, 1] * across(crops) + tile[:, 0]).astype(int)
-    clear = np.linalg.norm(inside - side / 2, axis=1) * ASSUMED_UM_PER_PX > CLEAR_UM
-    clear &= ((inside >= edge) & (inside < side - edge)).all(axis=1)
-    return {numbers[index]: inside[index] for index in rng.permutation(np.flatnonzero(clear))}
+def negatives(picture: np.ndarray, middles_px: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
+    """Negatives (N, 2) of a strip, x and y: one of every crop that has one, then second ones, and so on."""
+    points_px, _ = find_candidates(picture, ASSUMED_UM_PER_PX, None)
+    points_px = rng.permutation(points_px)
+    crop = (points_px[:, 0] // (side + 2 * FRAME)).astype(int)
+    away = points_px - middles_px[crop]
+    clear = np.linalg.norm(away, axis=1) * ASSUMED_UM_PER_PX > CLEAR_UM
+    clear &= (np.abs(away) <= side / 2 - EDGE_UM / ASSUMED_UM_PER_PX).all(axis=1)
+    found = pd.DataFrame(points_px[clear], columns=["x", "y"])
+    order = found.groupby(crop[clear]).cumcount().sort_values(kind="stable").index
+    return found.loc[order].to_numpy()
 
 
 if __name__ == "__main__":
@@ -123,7 +108,7 @@ if __name__ == "__main__":
             cases = sorted(set(read_dataset("midog", root, [], []).fields["case"]) - {BRECAHAD_TRAIN})
             parts = whole_fields("midog", root, (cases, []) if args.brecahad == "val" else ([], cases), args.out)
         else:
-            parts = mosaics(root, args.out)
+            parts = strips(root, args.out)
         fields += parts[0]
         points += parts[1]
     write_csv(args.out / "fields.csv", pd.DataFrame(fields, columns=["image", "path", "case", "split", "um_per_px"]))
