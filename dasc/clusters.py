@@ -5,7 +5,7 @@ from sklearn.cluster import KMeans
 
 STARTS = 3  # random starts of k-means
 ROUGH = 10  # iterations of every start; the best one goes on
-ROUGH_PATCHES = 10_000  # of a label, drawn at random, that the starts are tried on; more take longer
+ROUGH_PATCHES = 10_000  # of a label at most, drawn at random, that the starts are tried on; more take longer
 ITERATIONS = 100  # of that one at most; features that form no clusters would take many more
 SMOOTHING = 10  # patches added to a subclass's size under the logarithm, so that small ones are not all tight
 
@@ -26,11 +26,9 @@ def subclasses(features: np.ndarray, labels: np.ndarray, number: int, seed: int)
         directions = _normalised(features[members])
         different = np.unique(directions, axis=0)
         clusters = min(number, len(different))
-        some = directions
-        if len(some) > ROUGH_PATCHES:  # drawn from the different ones, so that there are enough for every cluster
-            drawn = np.random.default_rng(seed).permutation(len(different))[: max(ROUGH_PATCHES, clusters)]
-            some = different[drawn]
-        rough = KMeans(clusters, n_init=STARTS, max_iter=ROUGH, random_state=seed).fit(some)
+        # drawn from the different ones, so that there are enough for every cluster
+        drawn = np.random.default_rng(seed).permutation(different)[: max(ROUGH_PATCHES, clusters)]
+        rough = KMeans(clusters, n_init=STARTS, max_iter=ROUGH, random_state=seed).fit(drawn)
         found = KMeans(clusters, init=rough.cluster_centers_, n_init=1, max_iter=ITERATIONS).fit(directions)
         result[members] = used + found.labels_
         used += clusters

@@ -2,7 +2,7 @@
 
 Draws fields of MITOS-ATYPIA-14 at random, some from the training slides and some, to choose epoch and threshold on,
 from the val slide; trains and judges on the whole test slide, once per seed, number and share of val, in --out; a step
-whose result is there is not run again. Prints one row per run and writes own_fields.csv, named after the seeds.
+whose result is there is not run again. Prints one row per run and writes own_fields_SEEDS.csv.
 """
 
 import argparse
@@ -19,6 +19,8 @@ from negatives import run
 from dasc.datasets import read_dataset
 from dasc.files import write_csv
 from dasc.splits import parse_cases
+
+NAMES = ["f1", "f1_low", "f1_high", "tp", "fp", "fn", "average_precision", "best_f1", "best_threshold", "threshold"]
 
 
 def some_fields(number: int, val_share: float, seed: int, folder: Path, args: argparse.Namespace) -> tuple[Path, int]:
@@ -70,34 +72,13 @@ if __name__ == "__main__":
                 size = ["--patch_size", 64, "--patch_um_per_px", 0.28, "--seed", seed]
                 run(patches, "pre/cut_patch_2.py", *data, *size, "--out", patches.parent)
                 train = ["--backbone", "tf_efficientnet_lite0", "--stride", 32, "--lr", 5e-4, "--epochs", args.epochs]
-                train += [
-                    "--init_weights",
-                    args.init_weights,
-                    "--seed",
-                    seed,
-                    "--manifest",
-                    patches,
-                    "--out",
-                    model.parent,
-                ]
-                run(model, "NS/sigle.py", *train)
+                train += ["--init_weights", args.init_weights, "--seed", seed]
+                run(model, "NS/sigle.py", *train, "--manifest", patches, "--out", model.parent)
                 judge = [*data, "--model_path", model, "--overlays", "False", "--out", home / "test"]
                 run(home / "test/metrics.json", "predict.py", *judge)
                 metrics = json.loads((home / "test/metrics.json").read_text(encoding="utf-8"))
                 row = {"val_share": val_share, "fields": number, "seed": seed, "train_mitoses": mitoses}
-                names = (
-                    "f1",
-                    "f1_low",
-                    "f1_high",
-                    "tp",
-                    "fp",
-                    "fn",
-                    "average_precision",
-                    "best_f1",
-                    "best_threshold",
-                    "threshold",
-                )
-                rows.append(row | {name: metrics[name] for name in names})
+                rows.append(row | {name: metrics[name] for name in NAMES})
                 print(pd.DataFrame(rows).round(3).to_string(index=False), flush=True)
     name = "own_fields_" + "_".join(map(str, args.seeds))
     write_csv(Path(args.out) / f"{name}.csv", pd.DataFrame(rows).round(4))
