@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dasc.difficulty import VERDICTS, difficulty_levels, forget_rate, join_by_patch, read_memory, verdicts
-from dasc.figures import contact_sheet
+from dasc.data.patches import load_patches
+from dasc.data.tables import LABELS, read_patches
 from dasc.files import replacing, write_csv
-from dasc.manifest import LABELS, read_patches
-from dasc.patches import load_patches
+from dasc.model.difficulty import VERDICTS, difficulty_levels, forget_rate, join_by_patch, read_memory, verdicts
+from dasc.report.plots import contact_sheet
 from dasc.run import positive, record_run, run_script, true_or_false
 
 # Edit here, or override one run with the flag of the same name.

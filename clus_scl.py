@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dasc.difficulty import join_by_patch, read_checked, read_hard, read_memory, validated
+from dasc.data.tables import LABELS
 from dasc.errors import InputError
 from dasc.files import write_csv
-from dasc.manifest import LABELS
+from dasc.model.difficulty import join_by_patch, read_checked, read_hard, read_memory, validated
 from dasc.run import positive, record_run, run_script
 
 # Edit here, or override one run with the flag of the same name.

@@ -14,21 +14,21 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from dasc.calibration import UNCALIBRATED, resolve_threshold
-from dasc.datasets import drop_outside, read_dataset
+from dasc.data.datasets import drop_outside, read_dataset
+from dasc.data.readers import READERS
+from dasc.data.splits import parse_cases
+from dasc.detect.image import count_mitoses, find_mitoses, look_over
 from dasc.errors import InputError, WriteError
-from dasc.export import write_counts, write_detections, write_geojson, write_mitotic_figures
-from dasc.fields import choose_resolution, find_images
-from dasc.figures import overlay, precision_recall, write_png
 from dasc.files import file_name, sha256, write_csv, write_json
-from dasc.image_scan import count_mitoses, find_mitoses, look_over
-from dasc.metrics import RADIUS_UM, average_precision, choose_threshold, evaluate, fields_in_um, plateau_threshold
-from dasc.network import load_network
-from dasc.readers import READERS
-from dasc.report import report_entry, write_report
+from dasc.images.read import choose_resolution, find_images
+from dasc.images.slides import Slide, open_slide
+from dasc.judge.calibration import UNCALIBRATED, resolve_threshold
+from dasc.judge.metrics import RADIUS_UM, average_precision, choose_threshold, evaluate, fields_in_um, plateau_threshold
+from dasc.model.checkpoint import load_network
+from dasc.report.export import write_counts, write_detections, write_geojson, write_mitotic_figures
+from dasc.report.page import report_entry, write_report
+from dasc.report.plots import overlay, precision_recall, write_png
 from dasc.run import pick_device, positive, record_run, run_script, true_or_false
-from dasc.slides import Slide, open_slide
-from dasc.splits import parse_cases
 
 # Edit here, or override one run with the flag of the same name.
 IMAGES = ["data/sample/images"]  # image files, or folders of them

@@ -18,16 +18,17 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from dasc.augment import training_view
-from dasc.difficulty import CHECKED_COLUMNS, join_by_patch, read_hard, validated
+from dasc.data.patches import load_patches
+from dasc.data.tables import LABELS, read_patches
 from dasc.errors import InputError
-from dasc.figures import curves
-from dasc.files import save_checkpoint, sha256, write_csv
-from dasc.manifest import LABELS, read_patches
-from dasc.network import SearchNetwork, load_backbone_weights, read_tensors
-from dasc.patches import load_patches
+from dasc.files import sha256, write_csv
+from dasc.model.augment import training_view
+from dasc.model.checkpoint import load_backbone_weights, read_tensors, save_checkpoint
+from dasc.model.difficulty import CHECKED_COLUMNS, join_by_patch, read_hard, validated
+from dasc.model.loop import batches, check_batch
+from dasc.model.network import SearchNetwork
+from dasc.report.plots import curves
 from dasc.run import pick_device, positive, record_run, run_script, true_or_false
-from dasc.training import batches, check_batch
 
 # Edit here, or override one run with the flag of the same name.
 MANIFEST = "data/patches_ns/patches.csv"  # the patches of stage 3

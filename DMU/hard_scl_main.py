@@ -21,34 +21,27 @@ from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from tqdm import tqdm
 
-from dasc.augment import located_view
-from dasc.clusters import concentration, subclasses
-from dasc.detect import embed_patches, score_patches
-from dasc.difficulty import join_by_patch, read_scl
+from dasc.data.patches import load_patches
+from dasc.data.tables import LABELS, read_cut_fields, read_cut_run, read_patches
+from dasc.detect.val import check_val_fields, threshold_on_val
 from dasc.errors import InputError
-from dasc.figures import contact_sheet, curves, precision_recall
-from dasc.files import replacing, save_checkpoint, sha256, write_csv
-from dasc.losses import (
+from dasc.files import replacing, sha256, write_csv
+from dasc.model.augment import located_view
+from dasc.model.checkpoint import blend, check_same_run, load_backbone_weights, read_checkpoint, save_checkpoint
+from dasc.model.clusters import concentration, subclasses
+from dasc.model.difficulty import join_by_patch, read_scl
+from dasc.model.inference import embed_patches, score_patches
+from dasc.model.loop import balanced_order, batches, best_f1, check_batch, cosine
+from dasc.model.losses import (
     graded_cross_entropy,
     localisation,
     subclass_contrastive,
     subclass_temperatures,
     supervised_contrastive,
 )
-from dasc.manifest import LABELS, read_cut_fields, read_cut_run, read_patches
-from dasc.network import (
-    CLASSES,
-    SearchNetwork,
-    blend,
-    check_same_run,
-    fold_batch_norms,
-    load_backbone_weights,
-    read_checkpoint,
-    update_average,
-)
-from dasc.patches import load_patches
+from dasc.model.network import CLASSES, SearchNetwork, fold_batch_norms, update_average
+from dasc.report.plots import contact_sheet, curves, precision_recall
 from dasc.run import pick_device, positive, record_run, run_script, share, true_or_false
-from dasc.training import balanced_order, batches, best_f1, check_batch, check_val_fields, cosine, threshold_on_val
 
 # Edit here, or override one run with the flag of the same name.
 MANIFEST = "data/patches_ns/patches.csv"  # all patches; those of val choose the best epoch

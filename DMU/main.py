@@ -15,19 +15,19 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from dasc.dual import DualNetwork
+from dasc.data.patches import load_patches
+from dasc.data.splits import nucleus_of
+from dasc.data.tables import LABELS, read_cut_run, read_patches
 from dasc.errors import InputError
-from dasc.figures import curves
-from dasc.files import save_checkpoint, sha256, write_csv
-from dasc.losses import generalised_cross_entropy
-from dasc.manifest import LABELS, read_cut_run, read_patches
-from dasc.memory import STATES, UNSEEN, VIEWS, Memory, Settings, noise_score, start, thresholds, update
-from dasc.network import CLASSES, check_same_run, load_backbone_weights, read_checkpoint
-from dasc.patches import load_patches
+from dasc.files import sha256, write_csv
+from dasc.model.checkpoint import check_same_run, load_backbone_weights, read_checkpoint, save_checkpoint
+from dasc.model.loop import check_batch
+from dasc.model.losses import generalised_cross_entropy
+from dasc.model.memory import STATES, UNSEEN, VIEWS, Memory, Settings, noise_score, start, thresholds, update
+from dasc.model.network import CLASSES, DualNetwork
+from dasc.model.views import strong_view, weak_view
+from dasc.report.plots import curves
 from dasc.run import pick_device, positive, record_run, run_script, true_or_false
-from dasc.splits import nucleus_of
-from dasc.training import check_batch
-from dasc.views import strong_view, weak_view
 
 # Edit here, or override one run with the flag of the same name.
 MANIFEST = "data/patches_ns/patches.csv"  # patches to train on
@@ -45,7 +45,7 @@ LR = 1e-4  # learning rate of Adam
 FUSED_SHARE = 0.5  # share of the fused head in the loss; the two branches halve the rest
 LOSS_Q = 0.7  # exponent of the loss: the higher, the slower wrong labels are learnt; 0: cross entropy (the paper)
 CLASS_WEIGHTS = True  # the loss weighted by inverse label frequency; False: every patch weighs the same
-WEAK_STRENGTH = 1.0  # of the weak views' changes, relative to the ranges in dasc/views.py
+WEAK_STRENGTH = 1.0  # of the weak views' changes, relative to the ranges in dasc/model/views.py
 STRONG_STRENGTH = 1.0  # of the strong views' changes
 CONFIDENCE_START = 0.0  # memory m_v before the first epoch; 0: 1 / number of training patches
 CONFIDENCE_MOMENTUM = 0.99  # share of m_v that an epoch keeps

@@ -19,36 +19,19 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from dasc.augment import training_view
-from dasc.detect import score_patches
-from dasc.difficulty import join_by_patch, read_verdicts
+from dasc.data.patches import load_patches
+from dasc.data.tables import LABELS, read_cut_fields, read_cut_run, read_patches
+from dasc.detect.val import check_val_fields, judge_patches, threshold_on_patches, threshold_on_val
 from dasc.errors import InputError
-from dasc.figures import curves, precision_recall
-from dasc.files import save_checkpoint, sha256, write_csv, write_json
-from dasc.manifest import LABELS, read_cut_fields, read_cut_run, read_patches
-from dasc.network import (
-    CLASSES,
-    SearchNetwork,
-    blend,
-    check_same_run,
-    fold_batch_norms,
-    load_backbone_weights,
-    read_checkpoint,
-    update_average,
-)
-from dasc.patches import load_patches
+from dasc.files import sha256, write_csv, write_json
+from dasc.model.augment import training_view
+from dasc.model.checkpoint import blend, check_same_run, load_backbone_weights, read_checkpoint, save_checkpoint
+from dasc.model.difficulty import join_by_patch, read_verdicts
+from dasc.model.inference import score_patches
+from dasc.model.loop import balanced_order, batches, best_f1, check_batch, cosine
+from dasc.model.network import CLASSES, SearchNetwork, fold_batch_norms, update_average
+from dasc.report.plots import curves, precision_recall
 from dasc.run import pick_device, positive, record_run, run_script, share, true_or_false
-from dasc.training import (
-    balanced_order,
-    batches,
-    best_f1,
-    check_batch,
-    check_val_fields,
-    cosine,
-    judge_patches,
-    threshold_on_patches,
-    threshold_on_val,
-)
 
 # Edit here, or override one run with the flag of the same name.
 MANIFEST = "data/patches/patches.csv"  # patches to train on

@@ -17,18 +17,18 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from dasc.detect import embed_patches
-from dasc.duplicates import near_duplicates, thumbnails
+from dasc.data.patches import copy_patches, load_patches, read_patch, write_patch
+from dasc.data.tables import PATCHES, read_cut_run, read_patches
 from dasc.errors import InputError
-from dasc.figures import contact_sheet
 from dasc.files import check_replaceable, replacing_folder, sha256, write_csv
-from dasc.manifest import PATCHES, read_cut_run, read_patches
-from dasc.mining import METRICS, nearest, taken_once
-from dasc.named import read_square
-from dasc.network import load_network
-from dasc.patches import copy_patches, load_patches, read_patch, write_patch
-from dasc.pool import PoolFeatures, read_pool
+from dasc.model.checkpoint import load_network
+from dasc.model.inference import embed_patches
+from dasc.report.plots import contact_sheet
 from dasc.run import only_run, pick_device, positive, record_run, run_script, true_or_false
+from dasc.weak.duplicates import near_duplicates, thumbnails
+from dasc.weak.mining import METRICS, nearest, taken_once
+from dasc.weak.named import read_square
+from dasc.weak.pool import PoolFeatures, read_pool
 
 # Edit here, or override one run with the flag of the same name.
 MANIFEST = "data/patches_weak/patches.csv"  # labelled patches that the weak model was trained on

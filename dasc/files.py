@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import re
@@ -13,7 +12,6 @@ from typing import Any
 from urllib.parse import quote
 
 import pandas as pd
-import torch
 
 from dasc.errors import InputError, WriteError
 
@@ -151,14 +149,6 @@ def file_name(text: str, safe: str = "") -> str:
     if len(name) > LONGEST_NAME:
         name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
     return name if name.strip(".") else name.replace(".", "%2E")
-
-
-def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Save tensors and plain types, so that the file loads with `weights_only=True`; same content, same bytes."""
-    buffer = io.BytesIO()  # given a path, torch writes its name into the file, and on a full disk hides why it failed
-    torch.save(checkpoint, buffer)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
 
 
 def sha256(path: Path) -> str:

@@ -23,19 +23,19 @@ import pandas as pd
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
-from dasc.datasets import Dataset, drop_outside, read_dataset
-from dasc.detect import score_points
+from dasc.data.datasets import Dataset, drop_outside, read_dataset
+from dasc.data.patches import PatchCutter, write_patch
+from dasc.data.readers import READERS
+from dasc.data.splits import parse_cases
+from dasc.data.tables import ANNOTATIONS, FIELDS, LABELS, PATCHES, SPLITS
+from dasc.detect.candidates import find_candidates
+from dasc.detect.field import score_points
 from dasc.errors import InputError, WriteError
-from dasc.fields import read_field, resolution
 from dasc.files import check_replaceable, file_name, put_in_place, sha256, write_csv, write_json, writing
-from dasc.manifest import ANNOTATIONS, FIELDS, LABELS, PATCHES, SPLITS
-from dasc.network import load_network
-from dasc.nuclei import find_candidates
-from dasc.patches import PatchCutter, write_patch
-from dasc.readers import READERS
+from dasc.images.read import read_field, resolution
+from dasc.images.stain import normalise_stain
+from dasc.model.checkpoint import load_network
 from dasc.run import pick_device, positive, record_run, run_script, true_or_false
-from dasc.splits import parse_cases
-from dasc.stain import normalise_stain
 
 # Edit here, or override one run with the flag of the same name.
 DATASET = "sample"  # sample, midog, mitos14, tupac16, tupac16_al or table

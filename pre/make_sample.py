@@ -17,10 +17,7 @@ import tifffile
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dasc.errors import InputError
-from dasc.files import replacing_folder, write_csv, write_json, write_text
-from dasc.run import positive, record_run, run_script
-from dasc.synthetic import (
+from dasc.data.synthetic import (
     HARD_NEGATIVE,
     MARGIN_UM,
     MITOSIS,
@@ -31,6 +28,9 @@ from dasc.synthetic import (
     place_nuclei,
     scan,
 )
+from dasc.errors import InputError
+from dasc.files import replacing_folder, write_csv, write_json, write_text
+from dasc.run import positive, record_run, run_script
 
 # Edit here, or override one run with the flag of the same name.
 OUT = "data/sample"  # folder of the dataset; an earlier sample stays as OUT.previous, anything else is refused

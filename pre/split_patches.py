@@ -16,14 +16,14 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from dasc.data.patches import copy_patches, write_patch
+from dasc.data.splits import draw_share, draw_slides, parse_cases
+from dasc.data.tables import LABELS, PATCHES, SPLITS, read_patches
 from dasc.errors import InputError
-from dasc.fields import read_field
 from dasc.files import check_replaceable, replacing_folder, write_csv
-from dasc.manifest import LABELS, PATCHES, SPLITS, read_patches
-from dasc.named import FORM, labelled_images, read_square
-from dasc.patches import copy_patches, write_patch
+from dasc.images.read import read_field
 from dasc.run import positive, record_run, run_script
-from dasc.splits import draw_share, draw_slides, parse_cases
+from dasc.weak.named import FORM, labelled_images, read_square
 
 # Edit here, or override one run with the flag of the same name.
 LABELLED = "data/hard_labeled_dataset"  # folder of named patches, or a patches.csv, which keeps its own split

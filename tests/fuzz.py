@@ -54,17 +54,18 @@ from fuzz_inputs import (
     tupac16s,
 )
 
-import dasc.slides
-from dasc.datasets import read_dataset
-from dasc.difficulty import read_checked, read_hard, read_memory, read_scl
+import dasc.images.slides
+from dasc.data.datasets import read_dataset
+from dasc.data.patches import load_patches
+from dasc.data.tables import read_cut_fields, read_patches
+from dasc.detect.image import look_over
+from dasc.detect.resume import SavedScan
 from dasc.errors import InputError
-from dasc.fields import find_images, read_field, read_um_per_px
-from dasc.image_scan import look_over
-from dasc.manifest import read_cut_fields, read_patches
-from dasc.network import SearchNetwork, load_backbone_weights
-from dasc.patches import load_patches
-from dasc.pool import read_pool
-from dasc.saved import SavedScan
+from dasc.images.read import find_images, read_field, read_um_per_px
+from dasc.model.checkpoint import load_backbone_weights
+from dasc.model.difficulty import read_checked, read_hard, read_memory, read_scl
+from dasc.model.network import SearchNetwork
+from dasc.weak.pool import read_pool
 
 LIMIT_S = 30  # for one input
 MEMORY = 4 << 30  # bytes of addresses the child may take beside those it starts with
@@ -100,7 +101,7 @@ def read_one(path: Path) -> None:
 
 
 def read_slide(path: Path) -> None:
-    with dasc.slides.open_slide(path) as slide:
+    with dasc.images.slides.open_slide(path) as slide:
         for level, (width, height) in enumerate(slide.levels):
             for x, y in ((0, 0), (width - 20, height - 20)):
                 assert slide.read_region(level, x, y, 64, 48).shape == (48, 64, 3)
@@ -238,7 +239,7 @@ def work() -> None:
 
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    dasc.slides.IN_MEMORY = 10_000  # pyramids are read by region
+    dasc.images.slides.IN_MEMORY = 10_000  # pyramids are read by region
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # decoders print
     size = int(Path("/proc/self/statm").read_text().split()[0]) * 4096 if Path("/proc/self/statm").exists() else 8 << 30

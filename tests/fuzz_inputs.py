@@ -15,9 +15,9 @@ import tifffile
 import torch
 from PIL import Image
 
-from dasc.difficulty import CHECKED_COLUMNS, HARD_COLUMNS, MEMORY_COLUMNS, SCL_COLUMNS
-from dasc.manifest import PATCHES
-from dasc.network import SearchNetwork
+from dasc.data.tables import PATCHES
+from dasc.model.difficulty import CHECKED_COLUMNS, HARD_COLUMNS, MEMORY_COLUMNS, SCL_COLUMNS
+from dasc.model.network import SearchNetwork
 
 BACKBONE = "mobilenetv3_small_050"
 

@@ -23,21 +23,21 @@ from unittest import mock
 import torch
 from pipeline import ROOT
 
+import dasc.data.patches
+import dasc.detect.image
+import dasc.detect.slide
 import dasc.files
-import dasc.image_scan
-import dasc.patches
-import dasc.scan
-import dasc.training
+import dasc.model.loop
 
 PLACES = [  # where the scripts find a function, and what happens there
     (torch.optim.Adam, "step", "step"),
-    (dasc.training, "look_at", "field"),
-    (dasc.image_scan, "scan_field", "field"),
-    (dasc.scan, "log_odds", "batch of tiles"),
-    (dasc.patches, "write_patch", "patch"),
+    (dasc.detect.val, "look_at", "field"),
+    (dasc.detect.image, "scan_field", "field"),
+    (dasc.detect.slide, "log_odds", "batch of tiles"),
+    (dasc.data.patches, "write_patch", "patch"),
     (dasc.files, "put_in_place", "putting the folder in place"),
 ]
-MODULES = [f"dasc.{path.stem}" for path in sorted(ROOT.glob("dasc/[a-z]*.py"))]
+MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(ROOT.glob("dasc/**/[a-z]*.py"))]
 LIMIT_S = 300
 
 

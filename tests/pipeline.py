@@ -14,8 +14,8 @@ from dasc.files import sha256
 from dasc.run import PACKAGES, project_commit
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("", "pre/", "NS/", "DMU/", "dasc/")
-SOURCES = [path for folder in FOLDERS for path in sorted(ROOT.glob(f"{folder}*.py"))]  # what a user runs
+PATTERNS = ("*.py", "pre/*.py", "NS/*.py", "DMU/*.py", "dasc/**/*.py")
+SOURCES = [path for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]  # what a user runs
 LIGHT = [
     "--backbone",
     "mobilenetv3_small_100",

@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from dasc import augment
-from dasc.augment import (
+from dasc.model import augment
+from dasc.model.augment import (
     affine,
     affine_matrices,
     dihedral,

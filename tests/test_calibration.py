@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from scipy.special import expit, logit
 
-from dasc.calibration import (
+from dasc.errors import InputError
+from dasc.judge.calibration import (
     background,
     calibrate,
     fit_calibration,
@@ -17,8 +18,7 @@ from dasc.calibration import (
     shift_of,
     uncalibrate,
 )
-from dasc.errors import InputError
-from dasc.metrics import choose_threshold, counts_to_scores
+from dasc.judge.metrics import choose_threshold, counts_to_scores
 
 CONFIG = {"threshold": 0.42}
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from pipeline import LIGHT, fails, succeed
 
-from dasc.manifest import PATCHES
+from dasc.data.tables import PATCHES
 
 HERE = "clus_hard.py"
 PER_LABEL = {"clean": 8, "easy": 8, "middle": 8, "hardest": 6, "noisy": 3, "dropped": 2}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from dasc.clusters import concentration, subclasses
+from dasc.model.clusters import concentration, subclasses
 
 
 def bundles(number: int = 30, seed: int = 0):
@@ -33,13 +33,13 @@ def test_fewer_patches_than_subclasses():
 def test_many_patches_are_clustered_as_well_as_few(monkeypatch):
     features, labels, _ = bundles(200)
     whole = subclasses(features, labels, 3, seed=0)
-    monkeypatch.setattr("dasc.clusters.ROUGH_PATCHES", 50)  # of some 600 per label
+    monkeypatch.setattr("dasc.model.clusters.ROUGH_PATCHES", 50)  # of some 600 per label
     assert adjusted_rand_score(whole, subclasses(features, labels, 3, seed=0)) == 1
 
 
 @pytest.mark.filterwarnings("error")
 def test_rare_features_among_many_patches(monkeypatch):
-    monkeypatch.setattr("dasc.clusters.ROUGH_PATCHES", 10)
+    monkeypatch.setattr("dasc.model.clusters.ROUGH_PATCHES", 10)
     features = np.eye(4)[np.r_[np.zeros(50, int), np.ones(50, int), 2, 3]]
     found = subclasses(features, np.zeros(len(features), int), 5, seed=0)
     assert sorted(np.bincount(found)) == [1, 1, 50, 50]

@@ -10,8 +10,8 @@ import pytest
 from conftest import sample_flags
 from pipeline import ROOT, call, fails, succeed
 
-from dasc.manifest import read_cut_fields, read_patches
-from dasc.patches import read_patch
+from dasc.data.patches import read_patch
+from dasc.data.tables import read_cut_fields, read_patches
 
 SHARED = ROOT.parent / "shared" / "data"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dasc.datasets import Dataset, drop_outside, read_dataset
+from dasc.data.datasets import Dataset, drop_outside, read_dataset
+from dasc.data.splits import parse_cases
 from dasc.errors import InputError
-from dasc.splits import parse_cases
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

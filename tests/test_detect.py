@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from scipy.special import expit
 
-import dasc.detect
-import dasc.nuclei
-from dasc.detect import embed_patches, log_odds, merge, over_all_views, scan_field, score_patches
-from dasc.network import SearchNetwork
-from dasc.patches import PatchCutter
+import dasc.detect.candidates
+import dasc.detect.field
+from dasc.data.patches import PatchCutter
+from dasc.detect.field import merge, over_all_views, scan_field
+from dasc.model.inference import embed_patches, log_odds, score_patches
+from dasc.model.network import SearchNetwork
 
 
 def test_merge_keeps_the_strongest_of_a_group():
@@ -106,14 +107,14 @@ def test_every_core_scores_batches_of_its_own(monkeypatch):
     patches = torch.randint(0, 255, (48, 3, 32, 32), dtype=torch.uint8)
     alone, features = score_patches(network, patches, 8), embed_patches(network, patches, 8)[0]
     threads = torch.get_num_threads()
-    looked, whole, together = set(), dasc.detect._score_batch, threading.Barrier(3)
+    looked, whole, together = set(), dasc.model.inference._score_batch, threading.Barrier(3)
 
     def look(*args):
         together.wait(60)  # of the six batches three at a time
         looked.add((threading.get_ident(), torch.get_num_threads()))
         return whole(*args)
 
-    monkeypatch.setattr(dasc.detect, "_score_batch", look)
+    monkeypatch.setattr(dasc.model.inference, "_score_batch", look)
     try:
         torch.set_num_threads(3)
         assert torch.allclose(score_patches(network, patches, 8), alone, atol=1e-5)
@@ -158,10 +159,12 @@ def test_a_field_searched_on_a_device_gives_the_same(monkeypatch):
         cv2.circle(image, (round(x), round(y)), int(rng.integers(8, 18)), (shade, shade - 20, shade + 40), -1)
     image = (cv2.GaussianBlur(image, (0, 0), 1.5) + rng.normal(0, 3, image.shape)).clip(0, 255).astype(np.uint8)
     found = scan(image, 0.25, views=8)
-    monkeypatch.setattr(dasc.detect, "search_device", lambda device: device)
+    monkeypatch.setattr(dasc.detect.field, "search_device", lambda device: device)
     searched = []
-    whole = dasc.nuclei.smooth
-    monkeypatch.setattr(dasc.nuclei, "smooth", lambda image, sigma: searched.append(image) or whole(image, sigma))
+    whole = dasc.detect.candidates.smooth
+    monkeypatch.setattr(
+        dasc.detect.candidates, "smooth", lambda image, sigma: searched.append(image) or whole(image, sigma)
+    )
     on_device = scan(image, 0.25, views=8)
     assert len(found) > 15 and len(searched) == 5 and all(isinstance(image, torch.Tensor) for image in searched)
     assert np.allclose(found, on_device, atol=1e-5)

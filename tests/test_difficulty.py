@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dasc.difficulty import (
+from dasc.errors import InputError
+from dasc.model.difficulty import (
     difficulty_levels,
     forget_rate,
     join_by_patch,
@@ -13,7 +14,6 @@ from dasc.difficulty import (
     validated,
     verdicts,
 )
-from dasc.errors import InputError
 
 COUNTS = ["clean", "hard", "noisy", "learned", "forgotten"]
 # counts of 10 epochs -> verdict by the paper's rule, verdict when noisy asks for more than half of the epochs

@@ -9,9 +9,9 @@ import pytest
 import torch
 from pipeline import LIGHT, fails, succeed
 
-from dasc.dual import DualNetwork
-from dasc.network import SearchNetwork, read_checkpoint
-from dasc.splits import nucleus_of
+from dasc.data.splits import nucleus_of
+from dasc.model.checkpoint import read_checkpoint
+from dasc.model.network import DualNetwork, SearchNetwork
 
 SHORT = ["--epochs", 3, "--count_after", 1, "--warmup", 1]
 COLUMNS = ["patch", "label", "origin", "clean", "hard", "noisy", "learned", "forgotten", "confidence_weak"]

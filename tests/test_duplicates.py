@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
-from dasc.duplicates import near_duplicates, thumbnail, thumbnails
-from dasc.patches import write_patch
+from dasc.data.patches import write_patch
+from dasc.weak.duplicates import near_duplicates, thumbnail, thumbnails
 
 SAME = 0.95  # SAME_CORRELATION of NS/weak_mining.py
 

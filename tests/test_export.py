@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from dasc.errors import InputError
-from dasc.export import write_counts, write_detections, write_geojson, write_mitotic_figures
+from dasc.report.export import write_counts, write_detections, write_geojson, write_mitotic_figures
 
 COLUMNS = ["image", "x_px", "y_px", "x_um", "y_um", "probability", "mitosis"]
 

@@ -11,9 +11,8 @@ import torch
 from conftest import sample_flags
 from pipeline import LIGHT, fails, succeed
 
-from dasc.dual import DualNetwork
-from dasc.files import save_checkpoint
-from dasc.network import read_checkpoint
+from dasc.model.checkpoint import read_checkpoint, save_checkpoint
+from dasc.model.network import DualNetwork
 
 
 class Harm:

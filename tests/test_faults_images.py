@@ -10,7 +10,7 @@ import tifffile
 from broken import tissue, write_broken, write_unusual
 from pipeline import call, succeed
 
-from dasc.patches import read_patch
+from dasc.data.patches import read_patch
 
 SIZE = 32
 CUT = ["--dataset", "table", "--patch_size", SIZE, "--normalise_stain", "False", "--shifts", 0, "--workers", 1]

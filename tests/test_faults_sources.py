@@ -16,10 +16,10 @@ ALLOWED = {
     ("dasc/files.py", "replacing"): "opened to be synced",
     ("dasc/files.py", "write_csv"): "to_csv without a path gives the text that write_text writes",
     ("dasc/run.py", "only_run"): "the lock names its process; it is no output",
-    ("dasc/files.py", "save_checkpoint"): "torch.save into memory",
-    ("dasc/patches.py", "write_patch"): "into a folder that replaces another as a whole",
-    ("dasc/patches.py", "copy_patches"): "into a folder that replaces another as a whole",
-    ("dasc/pool.py", "_append"): "records are appended, each with its key; half of one is cut off by the next run",
+    ("dasc/model/checkpoint.py", "save_checkpoint"): "torch.save into memory",
+    ("dasc/data/patches.py", "write_patch"): "into a folder that replaces another as a whole",
+    ("dasc/data/patches.py", "copy_patches"): "into a folder that replaces another as a whole",
+    ("dasc/weak/pool.py", "_append"): "records are appended, each with its key; half of one is cut off by the next run",
     ("pre/make_sample.py", "draw_case"): "into a folder that replaces another as a whole",
 }
 # The functions above that write into a folder in the making, and who may call them.
@@ -149,7 +149,10 @@ def test_opencv_is_given_no_file_but_our_own_png():
         for node in ast.walk(parse(path))
         if isinstance(node, ast.Call) and called(node) in ("imread", "imdecode", "imreadmulti", "VideoCapture")
     }
-    assert found == {("dasc/patches.py", "imdecode"), ("dasc/synthetic.py", "imdecode")}  # the sample's own JPEG
+    assert found == {
+        ("dasc/data/patches.py", "imdecode"),
+        ("dasc/data/synthetic.py", "imdecode"),
+    }  # the sample's own JPEG
 
 
 FLOORS = {"torch": "2.10", "pillow": "13.0", "openslide-bin": "4.0.1", "filelock": "4.0"}

@@ -14,9 +14,9 @@ from broken import half, picture
 from PIL import Image
 from pipeline import LIGHT, SOURCES, fails, succeed
 
-import dasc.detect
-import dasc.difficulty
-from dasc.network import read_checkpoint
+import dasc.detect.field
+import dasc.model.difficulty
+from dasc.model.checkpoint import read_checkpoint
 
 SCRIPTS = {
     "NS/sigle.py": ["--epochs", 1, "--views", 1],
@@ -162,7 +162,7 @@ def test_full_memory_of_the_device_stops_training_with_advice(here, tmp_path, mo
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 1 GiB.")
 
-    monkeypatch.setattr("dasc.network.SearchNetwork.features", full)
+    monkeypatch.setattr("dasc.model.network.SearchNetwork.features", full)
     done = fails(script, *flags(here, script, tmp_path / "out"), says="lower --batch_size")
     assert "CUDA out of memory" in done.err and len(done.err.strip().splitlines()[-1]) < 200
 
@@ -171,14 +171,14 @@ def test_full_memory_halves_the_batch_of_predict(small_run, tmp_path, monkeypatc
     flags = ["--images", small_run / "sample/images/009.tiff", "--model_path", small_run / "NS/model.pt", "--views", 1]
     flags += ["--device", "cpu", "--threshold", 0.3, "--report", "False", "--overlays", "False", "--out"]
     succeed("predict.py", *flags, tmp_path / "whole")
-    score = dasc.detect._score_batch
+    score = dasc.model.inference._score_batch
 
     def small_device(network, batch, views):
         if len(batch) > 8:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return score(network, batch, views)
 
-    monkeypatch.setattr(dasc.detect, "_score_batch", small_device)
+    monkeypatch.setattr(dasc.model.inference, "_score_batch", small_device)
     succeed("predict.py", *flags, tmp_path / "halved")
     assert "the device's memory is full: 8 patches at a time" in caplog.text
     whole, halved = (pd.read_csv(tmp_path / name / "detections.csv") for name in ("whole", "halved"))
@@ -214,8 +214,8 @@ def test_a_mixture_that_does_not_converge_is_said(tmp_path, monkeypatch):
             row = {"patch": f"{label}_{number}.png", "label": label, **counts}
             rows.append(row | {"centroid_distance": rng.random(), "noise_score": 0.1})
     pd.DataFrame(rows).to_csv(tmp_path / "memory.csv", index=False)
-    stopped = functools.partial(dasc.difficulty.difficulty_levels, iterations=1)
-    monkeypatch.setattr(dasc.difficulty, "difficulty_levels", stopped)
+    stopped = functools.partial(dasc.model.difficulty.difficulty_levels, iterations=1)
+    monkeypatch.setattr(dasc.model.difficulty, "difficulty_levels", stopped)
     done = succeed("clus_hard.py", "--memory", tmp_path / "memory.csv", "--manifest", "", "--out", tmp_path / "out")
     assert "negative: levels of the 40 hard patches by quantiles: the mixture has not converged in 1" in done.out
     run = json.loads((tmp_path / "out/clus_hard/run.json").read_text())

@@ -13,9 +13,9 @@ import pytest
 import tifffile
 from PIL import Image, ImageFile
 
-from dasc import fields
 from dasc.errors import InputError
-from dasc.fields import find_images, read_field, read_um_per_px
+from dasc.images import read as fields
+from dasc.images.read import find_images, read_field, read_um_per_px
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 WSI = SHARED / "data" / "wsi"

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from dasc.errors import InputError
-from dasc.figures import (
+from dasc.judge.metrics import choose_threshold
+from dasc.report.plots import (
     DETECTION,
     DPI,
     FALSE,
@@ -26,7 +27,6 @@ from dasc.figures import (
     precision_recall,
     write_png,
 )
-from dasc.metrics import choose_threshold
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 RADIUS_PX = 50  # 12.5 um at 0.25 um/px

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dasc.hotspot import find_hotspot
+from dasc.judge.hotspot import find_hotspot
 
 
 def count(points, x, y, wide, high):

@@ -22,10 +22,9 @@ from filelock import FileLock
 from moments import Moment, run_child
 from pipeline import LIGHT, ROOT, fails, readme_commands, succeed
 
-import dasc.scan
-from dasc.fields import read_field
-from dasc.files import save_checkpoint
-from dasc.network import read_checkpoint
+import dasc.detect.slide
+from dasc.images.read import read_field
+from dasc.model.checkpoint import read_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks, and SIGKILL")
 TIMES = ("run.json", "report.html")  # they tell when a run was; every other file must be the same to the last byte
@@ -157,8 +156,8 @@ def test_killed_and_resumed_is_the_same(readme_run, tmp_path, monkeypatch, reque
 
 def small_tiles():
     """In the child: tiles so small that the slide has many, and the progress kept after every other."""
-    dasc.scan.SAVE_EVERY = 2
-    dasc.scan.scan_slide.__kwdefaults__["tile_um"] = 50.0
+    dasc.detect.slide.SAVE_EVERY = 2
+    dasc.detect.slide.scan_slide.__kwdefaults__["tile_um"] = 50.0
 
 
 def test_a_slide_is_gone_on_with_tile_by_tile(readme_run, tmp_path, monkeypatch, request, record_property):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_metric_learning.losses import SupConLoss
 
-from dasc.losses import (
+from dasc.model.losses import (
     generalised_cross_entropy,
     graded_cross_entropy,
     localisation,

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 import tifffile
 
-from dasc.datasets import read_dataset
+from dasc.data.datasets import read_dataset
+from dasc.detect.candidates import find_candidates
 from dasc.errors import InputError
-from dasc.fields import read_um_per_px
-from dasc.nuclei import find_candidates
+from dasc.images.read import read_um_per_px
 
 SCRIPT = Path(__file__).resolve().parents[1] / "pre" / "make_sample.py"
 SMALL = {"cases": 2, "size_px": 512, "mitoses": 6, "imposters": 8, "label_noise": 0.4}

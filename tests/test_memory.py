@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dasc.files import save_checkpoint
-from dasc.memory import (
+from dasc.model.checkpoint import save_checkpoint
+from dasc.model.memory import (
     STATES,
     UNSEEN,
     VIEWS,

@@ -9,7 +9,7 @@ from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score
 
 from dasc.errors import InputError
-from dasc.metrics import (
+from dasc.judge.metrics import (
     average_precision,
     bootstrap_f1,
     choose_threshold,

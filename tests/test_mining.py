@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from dasc import mining
 from dasc.errors import InputError
-from dasc.mining import distance, nearest, taken_once
+from dasc.weak import mining
+from dasc.weak.mining import distance, nearest, taken_once
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dasc.errors import InputError
-from dasc.files import save_checkpoint
-from dasc.network import CLASSES, SearchNetwork, fold_batch_norms, load_backbone_weights, load_network
+from dasc.model.checkpoint import load_backbone_weights, load_network, save_checkpoint
+from dasc.model.network import CLASSES, SearchNetwork, fold_batch_norms
 
 CONFIG = {
     "backbone": "resnet10t",

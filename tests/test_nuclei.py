@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-import dasc.nuclei
+import dasc.detect.candidates
+from dasc.detect.candidates import AT_LEAST, find_candidates, measure_candidates
 from dasc.errors import InputError
-from dasc.fields import read_field
-from dasc.nuclei import AT_LEAST, find_candidates, measure_candidates
+from dasc.images.read import read_field
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CYTOPLASM, NUCLEUS, CHROMATIN = (225, 170, 205), (150, 110, 175), (60, 40, 110)
@@ -215,13 +215,13 @@ def test_torch_finds_nothing_on_glass():
 def test_where_the_device_has_no_memory_the_cpu_searches(monkeypatch, caplog):
     image = draw(0.25)
     points_px, _ = find_candidates(image, 0.25)
-    whole = dasc.nuclei.smooth
+    whole = dasc.detect.candidates.smooth
 
     def full(image, sigma):
         if isinstance(image, torch.Tensor):
             raise torch.OutOfMemoryError("full")
         return whole(image, sigma)
 
-    monkeypatch.setattr(dasc.nuclei, "smooth", full)
+    monkeypatch.setattr(dasc.detect.candidates, "smooth", full)
     np.testing.assert_array_equal(find_candidates(image, 0.25, device=torch.device("cpu"))[0], points_px)
     assert "memory is full" in caplog.text

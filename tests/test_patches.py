@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
+from dasc.data.patches import PatchCutter, load_patches, resample, write_patch
 from dasc.errors import InputError
-from dasc.patches import PatchCutter, load_patches, resample, write_patch
 
 
 def field_with_dot(x: int, y: int, shape=(200, 300), radius: int = 3) -> np.ndarray:

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-import dasc.pool
-from dasc.detect import embed_patches
+import dasc.weak.pool
+from dasc.data.patches import write_patch
 from dasc.errors import InputError
-from dasc.network import SearchNetwork
-from dasc.patches import write_patch
-from dasc.pool import PoolFeatures, read_pool
+from dasc.model.inference import embed_patches
+from dasc.model.network import SearchNetwork
+from dasc.weak.pool import PoolFeatures, read_pool
 
 WIDTH = 512  # channels of the network below at stride 32
 
@@ -39,15 +39,15 @@ def embed(network, folder, batch=4, sizes=(32, 32)):
     """The features of a folder, and how many patches the network was shown."""
     seen = []
     features = PoolFeatures(folder.parent / "features", "a" * 64, WIDTH)
-    whole = dasc.pool.embed_patches
-    dasc.pool.embed_patches = lambda net, patches, batch_size: (
+    whole = dasc.weak.pool.embed_patches
+    dasc.weak.pool.embed_patches = lambda net, patches, batch_size: (
         seen.append(len(patches)) or whole(net, patches, batch_size)
     )
     try:
         _, table = read_pool(folder, False)
         features.embed(network, folder, table["patch"].tolist(), sizes, batch, 2)
     finally:
-        dasc.pool.embed_patches = whole
+        dasc.weak.pool.embed_patches = whole
     return features, table, sum(seen)
 
 
@@ -55,7 +55,7 @@ def check(features, table, folder, network):
     """The features of every patch are those of the patch alone."""
     got = features.at(features.rows)
     for index, patch in enumerate(table["patch"]):
-        image = dasc.pool.read_square(folder / patch, 32, 32)
+        image = dasc.weak.pool.read_square(folder / patch, 32, 32)
         alone, score = embed_patches(network, torch.from_numpy(image).permute(2, 0, 1)[None], 1)
         assert got[index] == pytest.approx(alone[0], rel=2e-3, abs=2e-3)
         assert features.scores(features.rows[index : index + 1]) == pytest.approx(score, abs=1e-5)

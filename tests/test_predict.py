@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from pipeline import call, fails, succeed
 
-from dasc.calibration import UNCALIBRATED
+from dasc.data.tables import read_cut_fields
+from dasc.detect.val import threshold_on_val
 from dasc.errors import WriteError
-from dasc.fields import read_field
-from dasc.files import save_checkpoint, sha256
-from dasc.manifest import read_cut_fields
-from dasc.metrics import plateau_threshold
-from dasc.network import load_network, read_checkpoint
-from dasc.training import threshold_on_val
+from dasc.files import sha256
+from dasc.images.read import read_field
+from dasc.judge.calibration import UNCALIBRATED
+from dasc.judge.metrics import plateau_threshold
+from dasc.model.checkpoint import load_network, read_checkpoint, save_checkpoint
 
 
 def model(small_run):
@@ -202,7 +202,7 @@ def test_where_nothing_can_be_written_it_stops(small_run, tmp_path, monkeypatch)
     flags = ["--images", small_run / "sample/images/009.tiff", "--views", 1]
     done = fails("predict.py", *model(small_run), *flags, "--out", tmp_path / "file/out", says="cannot be written")
     assert "skipped" not in done.err
-    monkeypatch.setattr("dasc.saved.write_json", full_disk)
+    monkeypatch.setattr("dasc.detect.resume.write_json", full_disk)
     done = fails("predict.py", *model(small_run), *flags, "--out", tmp_path / "out", says="No space left")
     assert "skipped" not in done.err and not (tmp_path / ".out.lock").exists()
 
@@ -267,7 +267,7 @@ def test_the_threshold_of_a_model_without_a_background(small_run, tmp_path):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_val_fields_that_do_not_calibrate_are_said(small_run, tmp_path, capsys, monkeypatch, temperature):
     fitted = UNCALIBRATED | {"temperature": temperature}
-    monkeypatch.setattr("dasc.training.fit_calibration", lambda probabilities, right: fitted)
+    monkeypatch.setattr("dasc.detect.val.fit_calibration", lambda probabilities, right: fitted)
     network, config = load_network(small_run / "NS/model.pt", torch.device("cpu"))
     settings = {"batch_size": 64, "per_mm2": 3000.0, "match_um": 7.5, "views": 1}
     settings["reliability_path"] = tmp_path / "reliability.png"

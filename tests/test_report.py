@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dasc.hotspot import Hotspot, find_hotspot
-from dasc.report import PICTURE_PX, draw_heat_map, read_square, report_entry, write_report
-from dasc.slides import open_slide, read_overview
+from dasc.images.slides import open_slide, read_overview
+from dasc.judge.hotspot import Hotspot, find_hotspot
+from dasc.report.page import PICTURE_PX, draw_heat_map, read_square, report_entry, write_report
 
 NAME = "<script>alert(1)</script> & \"quoted\" 'ü'.svs"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -3,9 +3,9 @@
 import pandas as pd
 import pytest
 
+from dasc.detect.resume import SavedScan
+from dasc.detect.slide import Progress
 from dasc.errors import InputError
-from dasc.saved import SavedScan
-from dasc.scan import Progress
 
 SETTINGS = {"model_sha256": "ab", "um_per_px": 0.2274, "views": 8}
 SURVEY = {"stain": [[0.1, 0.2, 0.3], [0.1, 0.1, 0.1]], "padding_density": (0.25, 1.5), "lowest_score": -1.25}

@@ -10,13 +10,14 @@ from scipy.spatial import cKDTree
 from scipy.special import logit
 from test_detect import Darkness
 
-from dasc import scan, slides
-from dasc.detect import off_the_edge, scan_field
+from dasc.detect import slide as scan
+from dasc.detect.field import off_the_edge, scan_field
+from dasc.detect.slide import Looks, Progress, scan_slide
+from dasc.detect.tiles import Tile, make_grid
 from dasc.errors import InputError
-from dasc.scan import Looks, Progress, scan_slide
-from dasc.slides import open_slide, read_overview
-from dasc.tiles import Tile, Tissue, make_grid
-from dasc.tissue import find_tissue
+from dasc.images import slides
+from dasc.images.slides import open_slide, read_overview
+from dasc.images.tissue import Tissue, find_tissue
 
 CONFIG = {"patch_size": 64, "um_per_px": 0.25, "normalise_stain": True}
 OPTIONS = {"batch_size": 50, "per_mm2": 1800, "merge_um": 7.5, "views": 2, "smallest": 0.05, "workers": 2}
@@ -140,7 +141,7 @@ def test_nuclei_cut_off_by_the_edge_are_not_looked_at(tmp_path, monkeypatch):
 
     nothing, inside = at_the_edge()
     assert nothing == 0 and inside > 12
-    monkeypatch.setattr("dasc.scan.off_the_edge", lambda points, *_: np.ones(len(points), bool))
+    monkeypatch.setattr("dasc.detect.slide.off_the_edge", lambda points, *_: np.ones(len(points), bool))
     assert at_the_edge()[0] >= 4
 
 

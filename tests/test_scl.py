@@ -8,7 +8,7 @@ import pytest
 import torch
 from pipeline import LIGHT, fails, succeed
 
-from dasc.network import load_network, read_checkpoint
+from dasc.model.checkpoint import load_network, read_checkpoint
 
 SHORT = ["--epochs", 4, "--warmup", 1, "--cluster_every", 2, "--subclasses", 2, "--views", 1]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pipeline import LIGHT, ROOT, call, fails, succeed
 
-from dasc.network import read_checkpoint
+from dasc.model.checkpoint import read_checkpoint
 
 
 def flags(small_run, out):

@@ -8,10 +8,10 @@ import tifffile
 from broken import first_tile
 from PIL import Image
 
-from dasc import slides
 from dasc.errors import InputError
-from dasc.fields import read_field
-from dasc.slides import MakersSlide, PictureSlide, TiffSlide, open_slide, read_overview
+from dasc.images import slides
+from dasc.images.read import read_field
+from dasc.images.slides import MakersSlide, PictureSlide, TiffSlide, open_slide, read_overview
 
 WSI = Path(__file__).resolve().parents[2] / "shared/data/wsi"
 

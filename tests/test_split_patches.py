@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from pipeline import LIGHT, fails, succeed
 
+from dasc.data.patches import read_patch
+from dasc.data.splits import draw_share, draw_slides
+from dasc.data.tables import read_cut_fields, read_patches
+from dasc.detect.val import judge_patches, threshold_on_patches
 from dasc.errors import InputError
-from dasc.manifest import read_cut_fields, read_patches
-from dasc.metrics import counts_to_scores
-from dasc.network import read_checkpoint
-from dasc.patches import read_patch
-from dasc.splits import draw_share, draw_slides
-from dasc.training import judge_patches, threshold_on_patches
+from dasc.judge.metrics import counts_to_scores
+from dasc.model.checkpoint import read_checkpoint
 
 
 def write_image(path, seed, size=40):

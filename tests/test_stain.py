@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dasc.stain import DENSITY, MEAN, SPREAD, normalise_stain
+from dasc.images.stain import DENSITY, MEAN, SPREAD, normalise_stain
 
 
 def field(factors, offset=0.0) -> np.ndarray:

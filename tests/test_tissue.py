@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dasc.tissue import find_tissue
+from dasc.images.tissue import find_tissue
 
 GLASS, EOSIN, HEMATOXYLIN = (240, 239, 241), (228, 170, 205), (120, 80, 160)
 INKS = {"blue": (40, 70, 190), "green": (20, 120, 60), "black": (25, 25, 30), "red": (215, 30, 45)}

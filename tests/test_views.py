@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from dasc.augment import dihedral, to_float
-from dasc.views import blur, elastic, jitter_colour, strong_view, turn, weak_view
+from dasc.model.augment import dihedral, to_float
+from dasc.model.views import blur, elastic, jitter_colour, strong_view, turn, weak_view
 
 
 def patches(number: int = 6, side: int = 32) -> torch.Tensor:

@@ -12,12 +12,12 @@ import pytest
 import torch
 from pipeline import LIGHT, ROOT, check_run_json, fails, succeed
 
-from dasc.detect import embed_patches
-from dasc.fields import read_field
-from dasc.manifest import read_patches
-from dasc.mining import distance
-from dasc.network import load_network
-from dasc.patches import read_patch, write_patch
+from dasc.data.patches import read_patch, write_patch
+from dasc.data.tables import read_patches
+from dasc.images.read import read_field
+from dasc.model.checkpoint import load_network
+from dasc.model.inference import embed_patches
+from dasc.weak.mining import distance
 
 SHARED = ROOT.parent / "shared/data"
 HARD, WEAK = "data/hard_labeled_dataset", "data/weakly_labeled_dataset"

@@ -7,7 +7,8 @@ import torch
 from pipeline import ROOT, succeed
 
 from dasc.files import sha256
-from dasc.network import SearchNetwork, load_backbone_weights, load_network
+from dasc.model.checkpoint import load_backbone_weights, load_network
+from dasc.model.network import SearchNetwork
 
 PATCHES = {"dasc_mitos.pt": (96, 0.167), "dasc_figures.pt": (64, 0.25)}  # px, um/px, as the model card says
 FILES = pytest.mark.parametrize("path", [ROOT / "weights" / name for name in PATCHES], ids=list(PATCHES))

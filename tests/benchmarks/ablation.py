@@ -27,10 +27,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from negatives import run
 
-from dasc.datasets import read_dataset
+from dasc.data.datasets import read_dataset
+from dasc.data.splits import parse_cases
 from dasc.files import replacing, write_csv
-from dasc.metrics import average_precision
-from dasc.splits import parse_cases
+from dasc.judge.metrics import average_precision
 
 ARMS = ("random", "searched", "memory", "levels", "full")
 

@@ -1,4 +1,4 @@
-"""How many mitoses the candidates of dasc.nuclei keep, at several numbers per mm2, and how long finding them takes.
+"""How many mitoses dasc.detect.candidates keeps, at several numbers per mm2, and how long finding them takes.
 
 Reads what it finds in --data: mitos14 (official layout), brecahad (MIDOG layout, 0.25 um/px assumed) and
 mitotic_figures (table of 128 px crops centred on a mitosis). The crops of one case are laid side by side as one field;
@@ -18,9 +18,9 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dasc.datasets import read_dataset
-from dasc.fields import read_field
-from dasc.nuclei import find_candidates
+from dasc.data.datasets import read_dataset
+from dasc.detect.candidates import find_candidates
+from dasc.images.read import read_field
 
 PER_MM2 = (600, 900, 1200, 1800, 3000, 3600)
 HIT_UM = 7.5

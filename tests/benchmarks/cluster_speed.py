@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from dasc.clusters import concentration, subclasses
+from dasc.model.clusters import concentration, subclasses
 
 GROUPS = 40  # directions that the features of the second run lie about
 

@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dasc.datasets import read_dataset
-from dasc.fields import read_field
-from dasc.figures import write_png
+from dasc.data.datasets import read_dataset
+from dasc.detect.candidates import find_candidates
 from dasc.files import write_csv
-from dasc.nuclei import find_candidates
+from dasc.images.read import read_field
+from dasc.report.plots import write_png
 
 ASSUMED_UM_PER_PX = 0.25
 CLEAR_UM = 10.0  # a candidate this far from the mitosis of its crop is another nucleus

@@ -15,9 +15,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 from sorting import cut, drawn, parser, stages, train
 
-from dasc.datasets import read_dataset
-from dasc.manifest import LABELS
-from dasc.patches import load_patches
+from dasc.data.datasets import read_dataset
+from dasc.data.patches import load_patches
+from dasc.data.tables import LABELS
 
 
 def slide_halves(table: pd.DataFrame) -> np.ndarray:

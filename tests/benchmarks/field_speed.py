@@ -17,7 +17,7 @@ import tifffile
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from dasc.fields import read_field
+from dasc.images.read import read_field
 
 
 def seconds(*command: object) -> float:

@@ -14,11 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from dasc.files import save_checkpoint
-from dasc.manifest import read_cut_fields
-from dasc.network import load_network, read_checkpoint
+from dasc.data.tables import read_cut_fields
+from dasc.detect.val import threshold_on_val
+from dasc.model.checkpoint import load_network, read_checkpoint, save_checkpoint
 from dasc.run import true_or_false
-from dasc.training import threshold_on_val
 
 
 def decided_on(model_path: Path, cut_folder: Path, cases: list[str], **options: Any) -> dict:

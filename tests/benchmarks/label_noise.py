@@ -18,7 +18,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 from sorting import cut, drawn, parser, stages, train
 
-from dasc.patches import load_patches
+from dasc.data.patches import load_patches
 from dasc.run import true_or_false
 
 NOISES = {"10": (0.1, False), "20": (0.2, False), "40": (0.4, False), "mitoses": (0.2, True)}  # share; mitoses only

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from dasc.mining import METRICS, nearest, taken_once
-from dasc.pool import PoolFeatures
+from dasc.weak.mining import METRICS, nearest, taken_once
+from dasc.weak.pool import PoolFeatures
 
 CHUNK = 10_000  # records written at a time
 

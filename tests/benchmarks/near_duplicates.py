@@ -9,9 +9,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import cv2
 import numpy as np
 
-from dasc.duplicates import correlations, thumbnail
-from dasc.manifest import read_patches
-from dasc.patches import read_patch
+from dasc.data.patches import read_patch
+from dasc.data.tables import read_patches
+from dasc.weak.duplicates import correlations, thumbnail
 
 
 def jpeg(image: np.ndarray, quality: int) -> np.ndarray:

@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 from negatives import run
 
-from dasc.datasets import read_dataset
+from dasc.data.datasets import read_dataset
+from dasc.data.splits import parse_cases
 from dasc.files import write_csv
-from dasc.splits import parse_cases
 
 NAMES = ["f1", "f1_low", "f1_high", "tp", "fp", "fn", "average_precision", "best_f1", "best_threshold", "threshold"]
 

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import pandas as pd
 
-from dasc.datasets import read_dataset
-from dasc.metrics import (
+from dasc.data.datasets import read_dataset
+from dasc.judge.metrics import (
     RADIUS_UM,
     choose_threshold,
     counts_to_scores,

@@ -20,10 +20,10 @@ import torchvision
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from dasc.detect import scan_field, search_device
-from dasc.fields import read_field
-from dasc.network import SearchNetwork, fold_batch_norms
-from dasc.nuclei import find_candidates
+from dasc.detect.candidates import find_candidates
+from dasc.detect.field import scan_field, search_device
+from dasc.images.read import read_field
+from dasc.model.network import SearchNetwork, fold_batch_norms
 from dasc.run import pick_device
 
 WIDTH, HEIGHT = 7215, 5412  # a field of MIDOG

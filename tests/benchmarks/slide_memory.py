@@ -21,7 +21,7 @@ import tifffile
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from dasc.fields import read_field
+from dasc.images.read import read_field
 
 TILE = 512  # px; stored tiles, and the period of the tissue
 FACTORS = (1, 4, 16)  # stored resolutions

@@ -14,9 +14,10 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from dasc.augment import to_float
-from dasc.network import SearchNetwork, load_backbone_weights
-from dasc.views import weak_view
+from dasc.model.augment import to_float
+from dasc.model.checkpoint import load_backbone_weights
+from dasc.model.network import SearchNetwork
+from dasc.model.views import weak_view
 
 BATCH_SIZE = 64
 

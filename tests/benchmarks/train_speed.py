@@ -16,9 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dasc.augment import located_view, training_view
-from dasc.losses import graded_cross_entropy, localisation, subclass_contrastive
-from dasc.network import SearchNetwork, update_average
+from dasc.model.augment import located_view, training_view
+from dasc.model.losses import graded_cross_entropy, localisation, subclass_contrastive
+from dasc.model.network import SearchNetwork, update_average
 from dasc.run import pick_device
 
 if __name__ == "__main__":

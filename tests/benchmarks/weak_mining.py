@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dasc.metrics import counts_to_scores
+from dasc.judge.metrics import counts_to_scores
 
 ARMS = ("none", "random", "l2", "cosine", "searched")
 REPEATS = 2000  # of the bootstrap

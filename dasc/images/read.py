@@ -12,7 +12,15 @@ import tifffile
 from PIL import Image
 
 from dasc.errors import InputError
-from dasc.tiffs import STREAMS, check_colours, check_jpeg, check_segment, check_segments, full_page, stated_um_per_px
+from dasc.images.tiffs import (
+    STREAMS,
+    check_colours,
+    check_jpeg,
+    check_segment,
+    check_segments,
+    full_page,
+    stated_um_per_px,
+)
 
 MAX_PIXELS = 1_000_000_000  # a field is held in memory whole, 3 bytes per pixel
 UM_PER_PX_RANGE = (0.1, 2.0)  # what a microscope gives; 72 dpi of an image editor is 352.8 um/px

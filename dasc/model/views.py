@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dasc.augment import affine, jitter_light, jitter_stain, to_float
+from dasc.model.augment import affine, jitter_light, jitter_stain, to_float
 
 # Red, green and blue to luma and two chroma axes (NTSC 1953): a change of hue is a turn of the chroma.
 YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])

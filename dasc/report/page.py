@@ -9,10 +9,10 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from dasc.figures import DETECTION
 from dasc.files import spelt_out, write_text
-from dasc.hotspot import WINDOW_MM2, Hotspot
-from dasc.slides import Slide
+from dasc.images.slides import Slide
+from dasc.judge.hotspot import WINDOW_MM2, Hotspot
+from dasc.report.plots import DETECTION
 
 PICTURE_PX = 800  # longest side of the heat map and of the hotspot's picture
 THUMBNAIL_PX = 112  # side of a detection's picture
@@ -20,7 +20,7 @@ THUMBNAIL_UM = 32.0  # tissue it shows: the figure and its neighbours
 HEAT_UM = 200.0  # Gaussian over which the density of mitoses is averaged; less in images that are not ten times as wide
 CIRCLE_UM = 15.0  # radius of the circle round a mitosis in the hotspot
 QUALITY = 85  # of the JPEGs in the page
-TEMPLATE = Path(__file__).with_name("report.html")
+TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def report_entry(

@@ -14,8 +14,8 @@ import openslide
 import tifffile
 
 from dasc.errors import InputError
-from dasc.fields import UM_PER_PX_RANGE, image_kind, read_field, read_um_per_px, reason, to_rgb
-from dasc.tiffs import check_colours, check_segment, check_segments, full_page
+from dasc.images.read import UM_PER_PX_RANGE, image_kind, read_field, read_um_per_px, reason, to_rgb
+from dasc.images.tiffs import check_colours, check_segment, check_segments, full_page
 
 IN_MEMORY = 50_000_000  # a TIFF of up to this many pixels is read whole, and so may have any kind of colours
 BLOCK_PX = 2048  # an overview is read in squares of about this side

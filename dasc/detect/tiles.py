@@ -11,27 +11,11 @@ import cv2
 import numpy as np
 import torch
 
-from dasc.nuclei import MARGIN_UM, WORKING_UM_PER_PX, measure_candidates
-from dasc.patches import CPU, PatchCutter
-from dasc.slides import Slide
-from dasc.stain import apply_stain
-
-
-@dataclass(frozen=True)
-class Tissue:
-    """Where the tissue of a slide is: mask (h, w) bool, and how many of the slide's pixels one of the mask's spans."""
-
-    mask: np.ndarray
-    pixel_px: float
-
-    def at(self, points_px: np.ndarray) -> np.ndarray:
-        """Whether points (N, 2) in the slide's pixels lie on tissue, (N,) bool."""
-        column, row = ((points_px + 0.5) / self.pixel_px).astype(int).T
-        return self.mask[row.clip(0, self.mask.shape[0] - 1), column.clip(0, self.mask.shape[1] - 1)]
-
-    def area_mm2(self, um_per_px: float) -> float:
-        """Area of the tissue in a slide of this resolution."""
-        return float(self.mask.sum()) * (self.pixel_px * um_per_px) ** 2 / 1e6
+from dasc.data.patches import CPU, PatchCutter
+from dasc.detect.candidates import MARGIN_UM, WORKING_UM_PER_PX, measure_candidates
+from dasc.images.slides import Slide
+from dasc.images.stain import apply_stain
+from dasc.images.tissue import Tissue
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from scipy.special import expit, logit
 
 from dasc.errors import InputError
 from dasc.files import replacing
-from dasc.metrics import match_detections
+from dasc.judge.metrics import match_detections
 
 UNCALIBRATED = {"temperature": 1.0, "offset": 0.0}
 BACKGROUND_QUANTILE = 0.75  # of the log odds of an image's candidates; well below mitoses, near what resembles them

@@ -18,22 +18,15 @@ import torch
 from scipy.special import expit
 from tqdm import tqdm
 
-from dasc.calibration import calibrate, shift_of, uncalibrate
-from dasc.detect import (
-    AT_LEAST,
-    SECOND_LOOK_PER_MM2,
-    device_of,
-    log_odds,
-    merge,
-    off_the_edge,
-    over_all_views,
-    search_device,
-)
-from dasc.network import SearchNetwork
-from dasc.nuclei import score_candidates, spread_of
-from dasc.slides import Slide
-from dasc.stain import estimate_stain, tissue_density
-from dasc.tiles import Grid, Tile, Tissue, make_grid
+from dasc.detect.candidates import score_candidates, spread_of
+from dasc.detect.field import AT_LEAST, SECOND_LOOK_PER_MM2, merge, off_the_edge, over_all_views, search_device
+from dasc.detect.tiles import Grid, Tile, make_grid
+from dasc.images.slides import Slide
+from dasc.images.stain import estimate_stain, tissue_density
+from dasc.images.tissue import Tissue
+from dasc.judge.calibration import calibrate, shift_of, uncalibrate
+from dasc.model.inference import device_of, log_odds
+from dasc.model.network import SearchNetwork
 
 TILE_UM = 1000.0  # side of a tile, about: larger ones read less margin and take more memory
 SURVEY_UM = 256.0  # side of a surveyed square, about

@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dasc.patches import read_patch
+from dasc.data.patches import read_patch
 
 THUMBNAIL_PX = 16  # coarse enough to forgive compression, fine enough to tell one nucleus from the next
 FLAT = 2.0  # grey levels: a patch whose thumbnail varies less shows nothing that could be recognised

@@ -1,9 +1,11 @@
 """Find the tissue of a slide at low magnification, and leave out blank glass and pen marks."""
 
+from dataclasses import dataclass
+
 import cv2
 import numpy as np
 
-from dasc.stain import DENSITY
+from dasc.images.stain import DENSITY
 
 UM_PER_PX = 8.0  # resolution at which tissue is looked for: a nucleus is a pixel
 FAINTEST = 0.04  # optical density by which tissue absorbs green more than the mean of red and blue; dust and glass less
@@ -49,3 +51,20 @@ def _large_parts(mask: np.ndarray, mm2: float, um_per_px: float) -> np.ndarray:
 
 def _disk(radius: int) -> np.ndarray:
     return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+
+
+@dataclass(frozen=True)
+class Tissue:
+    """Where the tissue of a slide is: mask (h, w) bool, and how many of the slide's pixels one of the mask's spans."""
+
+    mask: np.ndarray
+    pixel_px: float
+
+    def at(self, points_px: np.ndarray) -> np.ndarray:
+        """Whether points (N, 2) in the slide's pixels lie on tissue, (N,) bool."""
+        column, row = ((points_px + 0.5) / self.pixel_px).astype(int).T
+        return self.mask[row.clip(0, self.mask.shape[0] - 1), column.clip(0, self.mask.shape[1] - 1)]
+
+    def area_mm2(self, um_per_px: float) -> float:
+        """Area of the tissue in a slide of this resolution."""
+        return float(self.mask.sum()) * (self.pixel_px * um_per_px) ** 2 / 1e6

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from dasc.data.readers import READERS, Point
+from dasc.data.splits import Field, assign_splits
 from dasc.errors import InputError
-from dasc.readers import READERS, Point
-from dasc.splits import Field, assign_splits
 
 logger = logging.getLogger(__name__)
 

@@ -5,15 +5,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dasc.detect import scan_field
-from dasc.hotspot import Hotspot, find_hotspot
-from dasc.network import SearchNetwork
-from dasc.saved import SavedScan
-from dasc.scan import scan_slide
-from dasc.slides import Slide, read_overview
-from dasc.tiles import Tissue
-from dasc.tissue import UM_PER_PX as TISSUE_UM_PER_PX
-from dasc.tissue import find_tissue
+from dasc.detect.field import scan_field
+from dasc.detect.resume import SavedScan
+from dasc.detect.slide import scan_slide
+from dasc.images.slides import Slide, read_overview
+from dasc.images.tissue import UM_PER_PX as TISSUE_UM_PER_PX
+from dasc.images.tissue import Tissue, find_tissue
+from dasc.judge.hotspot import Hotspot, find_hotspot
+from dasc.model.network import SearchNetwork
 
 OVERVIEW_PX = 800  # longest side of a field's overview; a slide's has the resolution its tissue is looked for at
 

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dasc.files import replacing, spelt_out
-from dasc.metrics import match_field
+from dasc.judge.metrics import match_field
 
 TRUE, FALSE, MISSED = (0, 210, 0), (255, 220, 0), (40, 120, 255)  # RGB: green, yellow, blue
 DETECTION = (0, 220, 220)  # cyan, where no annotation says whether it is right

@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dasc.errors import InputError
-from dasc.fields import read_field
 from dasc.files import writing
+from dasc.images.read import read_field
 
 PNG = b"\x89PNG\r\n\x1a\n"  # how a patch of write_patch begins
 EIGHT_BIT_RGB = b"\x08\x02"  # its header's bytes 24 and 25: bits and kind of colours

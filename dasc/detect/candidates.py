@@ -18,8 +18,8 @@ import cv2
 import numpy as np
 import torch
 
+from dasc.detect.filters import Image, at, enlarge, highest, look_up, lowest, shrink, smooth, to_device, to_numpy
 from dasc.errors import InputError
-from dasc.filters import Image, at, enlarge, highest, look_up, lowest, shrink, smooth, to_device, to_numpy
 
 PER_MM2 = 1800.0  # candidates kept per square millimetre of field
 AT_LEAST = 8  # kept however small the field is

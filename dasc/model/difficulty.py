@@ -8,8 +8,8 @@ import pandas as pd
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
+from dasc.data.tables import LABELS, check_once, read_table
 from dasc.errors import InputError
-from dasc.manifest import LABELS, check_once, read_table
 
 VERDICTS = ("clean", "hard", "noisy", "dropped")
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
+from dasc.data.splits import Field
 from dasc.errors import InputError
-from dasc.fields import UM_PER_PX_RANGE
-from dasc.splits import Field
+from dasc.images.read import UM_PER_PX_RANGE
 
 MIDOG21_UNLABELLED = range(151, 201)
 MITOS14_UM_PER_PX = {"A": 0.2455, "H": 0.2274}  # Aperio, Hamamatsu

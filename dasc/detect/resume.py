@@ -6,9 +6,9 @@ from typing import Any
 
 import pandas as pd
 
+from dasc.detect.slide import Progress
 from dasc.errors import InputError
 from dasc.files import write_json
-from dasc.scan import Progress
 
 COLUMNS = ["x_px", "y_px", "probability"]
 

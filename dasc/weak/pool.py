@@ -12,13 +12,13 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from dasc.detect import embed_patches
-from dasc.duplicates import THUMBNAIL_PX, thumbnail
+from dasc.data.tables import PATCHES, check_once, inside, read_table
 from dasc.errors import InputError
-from dasc.fields import find_images
-from dasc.manifest import PATCHES, check_once, inside, read_table
-from dasc.named import FORM, read_square, slide_of
-from dasc.network import SearchNetwork
+from dasc.images.read import find_images
+from dasc.model.inference import embed_patches
+from dasc.model.network import SearchNetwork
+from dasc.weak.duplicates import THUMBNAIL_PX, thumbnail
+from dasc.weak.named import FORM, read_square, slide_of
 
 POOL = {"patch": str, "case": str}  # columns of a pool manifest; those of patches.csv are used where they stand
 

@@ -1,0 +1,1 @@
+"""From an image to detections: candidate nuclei, one field, one slide tile by tile, resuming."""

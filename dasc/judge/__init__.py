@@ -1,0 +1,1 @@
+"""Numbers that judge detections: matching, F1, thresholds, calibration, hotspot. Nothing here reads an image."""

@@ -1,0 +1,1 @@
+"""The network and its training: architecture, checkpoints, augmentation, losses, memory units, difficulty."""

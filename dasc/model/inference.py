@@ -1,0 +1,100 @@
+"""A network at work: patches to log odds, probabilities and features, on every core of a CPU or on one device."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from dasc.errors import InputError
+from dasc.model.augment import dihedral, to_float
+from dasc.model.network import SearchNetwork
+
+CPU_BATCH = 32  # patches scored together by one core, whose cache holds no more
+
+logger = logging.getLogger(__name__)
+
+
+def score_patches(network: SearchNetwork, patches: torch.Tensor, batch_size: int, views: int = 1) -> torch.Tensor:
+    """p(mitosis) of patches (N, 3, S, S) uint8 anywhere: (N,) on the CPU.
+
+    Args:
+        batch_size: patches scored together; halved where the device's memory is full. On a CPU every core scores
+            CPU_BATCH at a time.
+        views: how many right-angle views of a patch are averaged, in logits: 1, 2, 4 or 8.
+    """
+    return torch.sigmoid(log_odds(network, patches, batch_size, range(views)))
+
+
+def log_odds(
+    network: SearchNetwork, patches: torch.Tensor, batch_size: int, views: Sequence[int] = (0,)
+) -> torch.Tensor:
+    """Log odds of a mitosis, averaged over these views (numbers as `augment.dihedral`); else as `score_patches`."""
+    cores, at_once, device = 1, 1, device_of(network)
+    if device.type == "cpu":
+        cores, at_once, batch_size = torch.get_num_threads(), len(patches), min(batch_size, CPU_BATCH)
+    scores, start = [torch.empty(0, device=device)], 0
+    with _on_cores(cores) as each:
+        while start < len(patches):
+            part = patches[start : start + batch_size * at_once]
+            try:
+                scores += each(lambda batch: _score_batch(network, batch, views), part.split(batch_size))
+                start += len(part)
+            except torch.OutOfMemoryError as error:
+                if batch_size == 1:
+                    raise InputError("the device's memory does not hold one patch; use --device cpu") from error
+                batch_size //= 2
+                logger.warning("the device's memory is full: %d patches at a time from here on", batch_size)
+    return torch.cat(scores).cpu()  # at the end: a device works on while the next batches are put before it
+
+
+def device_of(network: torch.nn.Module) -> torch.device:
+    """The device that a network's weights lie on."""
+    return next(network.parameters()).device
+
+
+@contextlib.contextmanager
+def _on_cores(cores: int) -> Iterator[Callable]:
+    """A `map` whose jobs run side by side, one per core: two cores are nearly twice as fast as both in one job."""
+    if cores == 1:
+        yield lambda work, jobs: list(map(work, jobs))
+        return
+    try:
+        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield lambda work, jobs: list(pool.map(work, jobs))
+    finally:
+        torch.set_num_threads(cores)  # what one thread sets is also set for threads to come
+
+
+@torch.inference_mode()
+def _score_batch(network: SearchNetwork, batch: torch.Tensor, views: Sequence[int]) -> torch.Tensor:
+    device = device_of(network)
+    batch = to_float(batch.to(device))
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        logits = sum(network(dihedral(batch, view)).float() for view in views) / len(views)
+    return logits[:, 1] - logits[:, 0]
+
+
+def embed_patches(network: SearchNetwork, patches: torch.Tensor, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features averaged over the patch (N, C) float32, and p(mitosis) (N,), of patches (N, 3, S, S) uint8.
+
+    batch_size: as `score_patches`, but that a full memory is an error.
+    """
+    cores = 1
+    if device_of(network).type == "cpu":
+        cores, batch_size = torch.get_num_threads(), min(batch_size, CPU_BATCH)
+    with _on_cores(cores) as each:
+        parts = each(lambda batch: _embed_batch(network, batch), patches.split(batch_size))
+    features, scores = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    return features, scores
+
+
+@torch.inference_mode()
+def _embed_batch(network: SearchNetwork, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    device = device_of(network)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        maps = network.features(to_float(batch.to(device)))
+        logits = network.cam(maps).amax(dim=(2, 3)).float()
+    return maps.float().mean(dim=(2, 3)).cpu(), torch.softmax(logits, dim=1)[:, 1].cpu()

@@ -1,0 +1,1 @@
+"""Hard negative mining in a weakly labelled pool of patches."""
