@@ -33,11 +33,11 @@ demo: .venv/installed
 	$(RUN) pre/cut_patch_2.py --patch_size 64
 	$(RUN) NS/sigle.py $(LIGHT) --epochs 6
 	$(RUN) pre/cut_patch_2.py --patch_size 64 --fp_mdoel True
-	$(RUN) DMU/main.py $(LIGHT) --batch_size 128 --epochs 8 --warmup 1 --count_after 2
+	$(RUN) DMU/main.py $(LIGHT) --batch_size 128 --epochs 8
 	$(RUN) clus_hard.py
-	$(RUN) DMU/hard_main.py $(LIGHT) --epochs 8 --seen_after 3
+	$(RUN) DMU/hard_main.py $(LIGHT) --epochs 8
 	$(RUN) clus_scl.py
-	$(RUN) DMU/hard_scl_main.py $(LIGHT) --epochs 8 --warmup 2 --cluster_every 3
+	$(RUN) DMU/hard_scl_main.py $(LIGHT) --epochs 8
 	$(RUN) predict.py --dataset sample --data_root data/sample
 	@echo "Look at results/predict/report.html and */overlay.png: green true, yellow false, blue missed (synthetic tissue)."
 
@@ -54,21 +54,21 @@ $(P14)_ns/patches.csv: $(R14)/NS/model.pt
 	$(RUN) pre/cut_patch_2.py $(CUT14) --fp_mdoel True --model_path $< --out $(@D)
 
 $(R14)/DMU/memory.csv: $(P14)_ns/patches.csv
-	$(RUN) DMU/main.py $(LIGHT14) --lr 3e-4 --epochs 10 --warmup 1 --count_after 2 --batch_size 64 \
+	$(RUN) DMU/main.py $(LIGHT14) --lr 3e-4 --epochs 10 --warmup_share 0.1 --batch_size 64 \
 		--manifest $< --out $(@D) $(call resume,DMU)
 
 $(R14)/DMU/hard.csv: $(R14)/DMU/memory.csv
 	$(RUN) clus_hard.py --manifest $(P14)_ns/patches.csv --memory $< --out $(@D)
 
 $(R14)/DMU_hard/checked.csv: $(R14)/DMU/hard.csv
-	$(RUN) DMU/hard_main.py $(LIGHT14) --lr 3e-4 --epochs 12 --seen_after 3 \
+	$(RUN) DMU/hard_main.py $(LIGHT14) --lr 3e-4 --epochs 12 --seen_after_share 0.25 \
 		--manifest $(P14)_ns/patches.csv --hard $< --out $(@D) $(call resume,DMU_hard)
 
 $(R14)/DMU_hard/SCL.csv: $(R14)/DMU_hard/checked.csv
 	$(RUN) clus_scl.py --memory $(R14)/DMU/memory.csv --hard $(R14)/DMU/hard.csv --checked $< --out $(@D)
 
 $(R14)/DMU_scl/model.pt: $(R14)/DMU_hard/SCL.csv
-	$(RUN) DMU/hard_scl_main.py $(LIGHT14) --lr 5e-4 --epochs 15 --warmup 3 --cluster_every 3 \
+	$(RUN) DMU/hard_scl_main.py $(LIGHT14) --lr 5e-4 --epochs 15 --contrast_labels_share 0.2 --cluster_every_share 0.2 \
 		--manifest $(P14)_ns/patches.csv --scl $< --out $(@D) $(call resume,DMU_scl)
 
 $(R14)/predict/metrics.json: $(R14)/DMU_scl/model.pt

@@ -1,100 +1,89 @@
 """Stage 5 of 9: sort the training patches into clean, hard and noisy, and the hard ones by difficulty.
 
 Reads the memory units of stage 4 and, for the contact sheet, the patches.
-Writes OUT/hard.csv (a verdict per patch, a level per hard patch), difficulty.png (the patches in the plane of forget
-rate and centroid distance), contact_sheet.png (patches per verdict and level) and clus_hard/run.json.
+Writes OUT/hard.csv (verdict and hardness of every patch, level of a hard one), difficulty.png (the patches in the plane
+of forget rate and centroid distance), contact_sheet.png (patches per verdict and level) and clus_hard/run.json.
 """
 
-import argparse
-from pathlib import Path
-
-import numpy as np
-import pandas as pd
-from matplotlib.figure import Figure
-
-from dasc.data.patches import load_patches
-from dasc.data.tables import LABELS, read_patches
-from dasc.files import replacing, write_csv
-from dasc.model.difficulty import VERDICTS, difficulty_levels, forget_rate, join_by_patch, read_memory, verdicts
-from dasc.report.plots import contact_sheet
-from dasc.run import positive, record_run, run_script, true_or_false
+from dasc.flags import Count, Natural, Share, read_flags
 
 # Edit here, or override one run with the flag of the same name.
 MEMORY = "results/DMU/memory.csv"  # memory units of stage 4
 MANIFEST = "data/patches_ns/patches.csv"  # the patches they are about; empty: no contact sheet
 OUT = "results/DMU"  # folder to write
-NOISY_SHARE = 0.5  # noisy: flagged so in more than this share of the counted epochs; 0.0: in any (the paper)
-HARD_SHARE = 0.5  # hard: not noisy, and not clean in more than this share of the counted epochs; 0.0: in any (paper)
+NOISY_SHARE: Share = 0.5  # noisy: flagged so in more than this share of the counted epochs; 0: in any (the paper)
+HARD_SHARE: Share = (
+    0.5  # hard: not noisy, and not clean in more than this share of the counted epochs; 0: in any (paper)
+)
 TRUST_MITOSES = False  # True: a mitosis is hard at worst, never noisy or dropped; for labels of which few are wrong
-LEVELS = 3  # components of the mixture, which are the levels of difficulty of each label
-PER_GROUP = 24  # patches shown per verdict and level
-SEED = 0
-WORKERS = 2  # threads that read patches
+LEVELS: Count = 3  # components of the mixture, which are the levels of difficulty of each label
+PER_GROUP: Natural = 24  # patches shown per verdict and level
+SEED = 0  # of the mixture and the contact sheet
+WORKERS: Count = 2  # threads that read patches
 
-COLORS = {"clean": "#74a9cf", "noisy": "black", "dropped": "#7b3294"}
+if __name__ == "__main__":
+    args = read_flags(globals())  # before the slow imports: --help and a wrong flag answer at once
 
+from pathlib import Path
 
-def build_parser() -> argparse.ArgumentParser:
-    """Flags: the constants above in lower case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory", default=MEMORY, help="memory.csv of stage 4")
-    parser.add_argument("--manifest", default=MANIFEST, help="patches.csv it is about; empty: no contact sheet")
-    parser.add_argument("--out", default=OUT, help="folder to write")
-    parser.add_argument("--noisy_share", type=float, default=NOISY_SHARE, help="noisy in more than this share: noisy")
-    parser.add_argument("--hard_share", type=float, default=HARD_SHARE, help="not clean in more than this share: hard")
-    parser.add_argument(
-        "--trust_mitoses", type=true_or_false, default=TRUST_MITOSES, help="drop no mitosis: it is hard at worst"
-    )
-    parser.add_argument("--levels", type=positive, default=LEVELS, help="levels of difficulty per label")
-    parser.add_argument("--per_group", type=int, default=PER_GROUP, help="patches shown per verdict and level")
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--workers", type=positive, default=WORKERS, help="threads that read patches")
-    return parser
+import numpy as np
+import pandas as pd
+
+from dasc.data.patches import load_patches
+from dasc.data.tables import HARD, LABELS, VERDICTS, join_by_patch, read_memory, read_patches, write_table
+from dasc.model.difficulty import difficulty_levels, forget_rate, hardness, verdicts
+from dasc.report.plots import contact_sheet, difficulty_plane
+from dasc.run import record_run, run_script
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args) -> int:
     out = Path(args.out)
     memory = read_memory(Path(args.memory))
+    inputs = {args.memory: len(memory)}
     if args.manifest:
         patches = read_patches(Path(args.manifest))
+        inputs[args.manifest] = len(patches)
         train = patches.loc[patches["split"] == "train", ["patch", "label"]]
         join_by_patch(memory, train, Path(args.memory), Path(args.manifest))
 
-    table = memory[["patch", "label"]].assign(
+    table = memory[["patch", "label", "centroid_distance", "noise_score"]].assign(
         verdict=verdicts(memory, args.noisy_share, args.hard_share, args.trust_mitoses),
         level=pd.array([pd.NA] * len(memory), dtype="Int64"),
         forget_rate=forget_rate(memory).round(6),
-        centroid_distance=memory["centroid_distance"],
-        noise_score=memory["noise_score"],
     )
-    fallbacks = {}
+    quantiles = grade(table, args)
+    table["hardness"] = hardness(table["verdict"], table["level"].astype("Float64"), args.levels)
+    groups = grouped(table, args.levels)
+    sheet = sheet_groups(groups, args) if args.manifest else []
+    write_table(out / "hard.csv", table, HARD)
+    difficulty_plane(out / "difficulty.png", groups, args.levels)
+    if args.manifest:
+        contact_sheet(out / "contact_sheet.png", sheet, per_group=args.per_group)
+    counts = {f"{LABELS[label]} {name}": len(members) for (label, name), members in groups.items()}
+    # OUT/run.json is stage 4's
+    record_run(out / "clus_hard", args, inputs=inputs, patches=counts, quantiles=quantiles)
+    columns = {word: [counts[f"{word} {name}"] for name in names(args.levels)] for word in LABELS.values()}
+    print(pd.DataFrame(columns, index=names(args.levels)).to_string())
+    print(f"{len(table)} patches sorted; wrote {out / 'hard.csv'}")
+    return 0
+
+
+def grade(table: pd.DataFrame, args) -> dict[str, str]:
+    """Fill in the level of every hard patch; why they are quantiles and no components, of the labels where they are."""
+    quantiles = {}
     for label, word in LABELS.items():
         hard = (table["label"] == label) & (table["verdict"] == "hard")
         rates, distances = (table.loc[hard, name].to_numpy() for name in ("forget_rate", "centroid_distance"))
-        levels, reason = difficulty_levels(rates, distances, args.levels, args.seed)
-        table.loc[hard, "level"] = levels
+        table.loc[hard, "level"], reason = difficulty_levels(rates, distances, args.levels, args.seed)
         if not hard.any():
             print(
                 f"{word}: no hard patch: none of {(table['label'] == label).sum()} was unclean in more than "
                 f"HARD_SHARE {args.hard_share:g} of its epochs without being noisy (NOISY_SHARE {args.noisy_share:g})"
             )
         elif reason:
-            fallbacks[word] = reason
+            quantiles[word] = reason
             print(f"{word}: levels of the {hard.sum()} hard patches by quantiles: {reason}")
-
-    groups = grouped(table, args.levels)
-    sheet = sheet_groups(groups, args) if args.manifest else []
-    write_csv(out / "hard.csv", table)
-    draw_plane(out / "difficulty.png", groups, args.levels)
-    if args.manifest:
-        contact_sheet(out / "contact_sheet.png", sheet, per_group=args.per_group)
-    counts = {f"{LABELS[label]} {name}": len(members) for (label, name), members in groups.items()}
-    inputs = {args.memory: len(memory)} | ({args.manifest: len(patches)} if args.manifest else {})
-    record_run(out / "clus_hard", args, inputs=inputs, patches=counts, quantiles=fallbacks)  # OUT/run.json is stage 4's
-    columns = {word: [counts[f"{word} {name}"] for name in names(args.levels)] for word in LABELS.values()}
-    print(pd.DataFrame(columns, index=names(args.levels)).to_string())
-    print(f"{len(table)} patches sorted; wrote {out / 'hard.csv'}")
-    return 0
+    return quantiles
 
 
 def names(levels: int) -> list[str]:
@@ -108,31 +97,7 @@ def grouped(table: pd.DataFrame, levels: int) -> dict[tuple[int, str], pd.DataFr
     return {(label, one): table[(table["label"] == label) & (name == one)] for label in LABELS for one in names(levels)}
 
 
-def draw_plane(path: Path, groups: dict[tuple[int, str], pd.DataFrame], levels: int) -> None:
-    """One panel per label: every patch at its forget rate and centroid distance, coloured by verdict and level."""
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
-    shades = {f"hard, level {level}": (1.0, 0.85 * (1 - level / max(levels - 1, 1)), 0.0) for level in range(levels)}
-    for axis, (label, word) in zip(figure.subplots(1, len(LABELS), sharey=True), LABELS.items(), strict=True):
-        for name in names(levels):
-            members = groups[label, name]
-            axis.scatter(
-                members["forget_rate"],
-                members["centroid_distance"],
-                s=10,
-                alpha=0.6,
-                linewidths=0,
-                color=(COLORS | shades)[name],
-                label=f"{name} ({len(members)})",
-            )
-        axis.set(title=word, xlabel="forget rate", xlim=(-0.03, 1.03))
-        axis.grid(alpha=0.3)
-        axis.legend(markerscale=2)
-    figure.axes[0].set_ylabel("centroid distance")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
-
-
-def sheet_groups(groups: dict[tuple[int, str], pd.DataFrame], args: argparse.Namespace) -> list[tuple]:
+def sheet_groups(groups: dict[tuple[int, str], pd.DataFrame], args) -> list[tuple]:
     """Groups of the contact sheet: drawn at random, but the most suspicious first where the verdict is noisy."""
     rng = np.random.default_rng(args.seed)
     folder, sheet = Path(args.manifest).parent, []
@@ -148,4 +113,4 @@ def sheet_groups(groups: dict[tuple[int, str], pd.DataFrame], args: argparse.Nam
 
 
 if __name__ == "__main__":
-    run_script(main, build_parser().parse_args())
+    run_script(main, args)

@@ -5,11 +5,45 @@ manifest's order; shifted copies have that of their mitosis), model.pt (last epo
 to resume from, last.pt.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dasc.flags import Amount, Count, Device, Positive, Share, read_flags
+
+# Edit here, or override one run with the flag of the same name.
+MANIFEST = "data/patches_ns/patches.csv"  # patches to train on
+OUT = "results/DMU"  # folder to write
+BACKBONE = "resnet18"  # any timm model that gives feature maps
+STRIDE: Count = 16  # px of the patch per cell of the feature maps
+PRETRAINED = True  # start from timm's ImageNet weights (needs the model hub)
+INIT_WEIGHTS = ""  # start both branches from this timm state dict or model.pt on disk instead
+EPOCHS: Count = 100  # passes over all training patches, each patch once
+WARMUP_SHARE: Share = 0.05  # share of EPOCHS in which the learning rate rises to LR
+COUNT_AFTER_SHARE: Share = 0.2  # share of EPOCHS before states, learned and forgotten are counted
+SCORE_AFTER_SHARE: Share = 0.0  # share of EPOCHS before noise_score begins to average
+BATCH_SIZE: Count = 512  # largest number of patches per step
+LR: Positive = 1e-4  # learning rate of Adam
+FUSED_SHARE: Share = 0.5  # share of the fused head in the loss; the two branches halve the rest
+LOSS_Q: Share = (
+    0.7  # exponent of the loss: the higher, the slower wrong labels are learnt; 0: cross entropy (the paper)
+)
+CLASS_WEIGHTS = True  # the loss weighted by inverse label frequency; False: every patch weighs the same
+WEAK_STRENGTH: Amount = 1.0  # of the weak augmentation, relative to the ranges in dasc/model/views.py
+STRONG_STRENGTH: Amount = 1.0  # of the strong augmentation
+CONFIDENCE_START: Share = 0.0  # memory m_v before the first epoch; 0: 1 / number of training patches
+CONFIDENCE_MOMENTUM: Share = 0.99  # share of m_v that an epoch keeps
+BIAS_CORRECTION = True  # compare with m_v freed of its start, which else weighs e^-1 after 100 epochs; False: the paper
+DISTANCE_MOMENTUM: Share = 0.99  # share of the centroid distance's memory that an epoch keeps
+NAN_STEPS: Count = 10  # steps in a row without a finite loss before training stops
+DEVICE: Device = "auto"  # auto takes cuda, else mps, else cpu
+SEED = 0  # of the first weights, the order and the augmentation
+WORKERS: Count = 2  # threads that read patches into memory
+RESUME = False  # True: go on from OUT/last.pt
+
+if __name__ == "__main__":
+    args = read_flags(globals())  # before the slow imports: --help and a wrong flag answer at once
 
 import pandas as pd
 import torch
@@ -17,163 +51,98 @@ from tqdm import tqdm
 
 from dasc.data.patches import load_patches
 from dasc.data.splits import nucleus_of
-from dasc.data.tables import LABELS, read_cut_run, read_patches
-from dasc.errors import InputError
-from dasc.files import sha256, write_csv
-from dasc.model.checkpoint import check_same_run, load_backbone_weights, read_checkpoint, save_checkpoint
-from dasc.model.loop import check_batch
+from dasc.data.tables import LABELS, MEMORY, check_both_labels, read_cut, read_patches, write_table
+from dasc.model import loop
+from dasc.model.checkpoint import load_initial_weights, read_last, save_checkpoint, training_settings
 from dasc.model.losses import generalised_cross_entropy
 from dasc.model.memory import STATES, UNSEEN, VIEWS, Memory, Settings, noise_score, start, thresholds, update
 from dasc.model.network import CLASSES, DualNetwork
 from dasc.model.views import strong_view, weak_view
 from dasc.report.plots import curves
-from dasc.run import pick_device, positive, record_run, run_script, true_or_false
-
-# Edit here, or override one run with the flag of the same name.
-MANIFEST = "data/patches_ns/patches.csv"  # patches to train on
-OUT = "results/DMU"  # folder to write
-BACKBONE = "resnet18"  # any timm model that gives feature maps
-STRIDE = 16  # px of the patch per cell of the feature maps
-PRETRAINED = True  # start from timm's ImageNet weights (needs the model hub)
-INIT_WEIGHTS = ""  # start both branches from this timm state dict or model.pt on disk instead
-EPOCHS = 100  # passes over all training patches, each patch once
-WARMUP = 5  # epochs in which the learning rate rises to LR
-COUNT_AFTER = 20  # epochs before states, learned and forgotten are counted
-SCORE_AFTER = 0  # epochs before noise_score begins to average
-BATCH_SIZE = 512  # largest number of patches per step
-LR = 1e-4  # learning rate of Adam
-FUSED_SHARE = 0.5  # share of the fused head in the loss; the two branches halve the rest
-LOSS_Q = 0.7  # exponent of the loss: the higher, the slower wrong labels are learnt; 0: cross entropy (the paper)
-CLASS_WEIGHTS = True  # the loss weighted by inverse label frequency; False: every patch weighs the same
-WEAK_STRENGTH = 1.0  # of the weak views' changes, relative to the ranges in dasc/model/views.py
-STRONG_STRENGTH = 1.0  # of the strong views' changes
-CONFIDENCE_START = 0.0  # memory m_v before the first epoch; 0: 1 / number of training patches
-CONFIDENCE_MOMENTUM = 0.99  # share of m_v that an epoch keeps
-BIAS_CORRECTION = True  # compare with m_v freed of its start, which else weighs e^-1 after 100 epochs; False: the paper
-DISTANCE_MOMENTUM = 0.99  # share of the centroid distance's memory that an epoch keeps
-NAN_STEPS = 10  # steps in a row without a finite loss before training stops
-DEVICE = "auto"  # auto, cpu, cuda or mps
-SEED = 0
-WORKERS = 2  # threads that read patches into memory
-RESUME = False  # True: go on from OUT/last.pt
+from dasc.run import pick_device, record_run, run_script
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Flags: the constants above in lower case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--manifest", default=MANIFEST, help="patches.csv to train on")
-    parser.add_argument("--out", default=OUT, help="folder to write")
-    parser.add_argument("--backbone", default=BACKBONE, help="timm model")
-    parser.add_argument("--stride", type=int, default=STRIDE, help="px per cell of the feature maps")
-    parser.add_argument("--pretrained", type=true_or_false, default=PRETRAINED, help="timm's ImageNet weights")
-    parser.add_argument("--init_weights", default=INIT_WEIGHTS, help="timm state dict or model.pt to start from")
-    parser.add_argument("--epochs", type=positive, default=EPOCHS)
-    parser.add_argument("--warmup", type=int, default=WARMUP, help="epochs in which the learning rate rises")
-    parser.add_argument("--count_after", type=int, default=COUNT_AFTER, help="epochs before states are counted")
-    parser.add_argument("--score_after", type=int, default=SCORE_AFTER, help="epochs before noise_score averages")
-    parser.add_argument("--batch_size", type=positive, default=BATCH_SIZE, help="largest number of patches per step")
-    parser.add_argument("--lr", type=float, default=LR, help="learning rate")
-    parser.add_argument("--fused_share", type=float, default=FUSED_SHARE, help="share of the fused head in the loss")
-    parser.add_argument("--loss_q", type=float, default=LOSS_Q, help="exponent of the loss; 0: cross entropy")
-    parser.add_argument("--class_weights", type=true_or_false, default=CLASS_WEIGHTS, help="weigh labels equally")
-    parser.add_argument("--weak_strength", type=float, default=WEAK_STRENGTH, help="of the weak views")
-    parser.add_argument("--strong_strength", type=float, default=STRONG_STRENGTH, help="of the strong views")
-    parser.add_argument("--confidence_start", type=float, default=CONFIDENCE_START, help="m_v at first; 0: 1 / patches")
-    parser.add_argument("--confidence_momentum", type=float, default=CONFIDENCE_MOMENTUM, help="momentum of m_v")
-    parser.add_argument("--bias_correction", type=true_or_false, default=BIAS_CORRECTION, help="free m_v of its start")
-    parser.add_argument("--distance_momentum", type=float, default=DISTANCE_MOMENTUM, help="momentum of the distance")
-    parser.add_argument("--nan_steps", type=int, default=NAN_STEPS, help="steps without a finite loss before it stops")
-    parser.add_argument("--device", default=DEVICE, help="auto, cpu, cuda or mps")
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--workers", type=positive, default=WORKERS, help="threads that read patches")
-    parser.add_argument("--resume", type=true_or_false, nargs="?", const=True, default=RESUME)
-    return parser
-
-
-def main(args: argparse.Namespace) -> int:
-    check_epochs(args)
-    if not 0 <= args.loss_q <= 1:
-        raise InputError(f"--loss_q {args.loss_q}: expected 0 to 1")
+def main(args) -> int:
     device = pick_device(args.device)
     manifest, out = Path(args.manifest), Path(args.out)
     table = read_patches(manifest)
-    train = table[table["split"] == "train"].reset_index(drop=True)
-    counts = {word: int((train["label"] == label).sum()) for label, word in LABELS.items()}
-    if not all(counts.values()):
-        found = ", ".join(f"{count} {word}" for word, count in counts.items())
-        raise InputError(
-            f"{manifest}: split train has {found} patches, both are needed; see cut_patch_2's --val, --test"
-        )
-    cut = read_cut_run(manifest.parent)["arguments"]
-    patches = load_patches([manifest.parent / patch for patch in train["patch"]], args.workers)
-    check_batch(args.batch_size, patches.shape[-1], args.stride)
-    labels = torch.tensor(train["label"].to_numpy())
-    weights = len(labels) / (2 * labels.bincount(minlength=2)) if args.class_weights else torch.ones(2)
+    rows = table[table["split"] == "train"].reset_index(drop=True)
+    check_both_labels(rows, f"{manifest}: split train", "see --val and --test of pre/cut_patch_2.py")
+    cut = read_cut(manifest.parent)
+    loop.check_batch(args.batch_size, cut.patch_size, args.stride)
+    patches = load_patches([manifest.parent / patch for patch in rows["patch"]], args.workers, cut.patch_size)
+    labels = torch.tensor(rows["label"].to_numpy())
 
     torch.manual_seed(args.seed)
     network = DualNetwork(args.backbone, args.stride, args.pretrained and not args.init_weights and not args.resume)
     if args.init_weights:
         for branch in (network.weak, network.strong):
-            load_backbone_weights(branch, Path(args.init_weights))
+            load_initial_weights(branch, Path(args.init_weights))
     network.to(device, memory_format=torch.channels_last)
-    weights = weights.to(device)
-    optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
-    config = {
-        "network": "dual",
-        "backbone": args.backbone,
-        "stride": args.stride,
-        "patch_size": patches.shape[-1],
-        "um_per_px": cut["patch_um_per_px"],
-        "normalise_stain": cut["normalise_stain"],
-        "classes": list(CLASSES),
-        "threshold": 0.5,
-        "manifest_sha256": sha256(manifest),
-    }
-    settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "workers", "resume")}
     units = Settings(
-        confidence_start=args.confidence_start or 1 / len(train),
+        confidence_start=args.confidence_start or 1 / len(rows),
         confidence_momentum=args.confidence_momentum,
         bias_correction=args.bias_correction,
         distance_momentum=args.distance_momentum,
     )
-    memory, log = start(len(train), units), []
-    if args.resume:
-        checkpoint = read_checkpoint(out / "last.pt")
-        check_same_run(out / "last.pt", checkpoint, settings, config)
-        network.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        memory, log = Memory(**checkpoint["memory"]), checkpoint["log"]
+    settings = training_settings(args, manifest=manifest, init_weights=args.init_weights)
+    memory, log = train(network, patches, labels, units, settings, args)
 
-    steps = -(-len(train) // args.batch_size)
-    view_shares = torch.tensor(
-        [0.5 - args.fused_share / 2, 0.5 - args.fused_share / 2, args.fused_share], device=device
+    write_table(out / "memory.csv", memory_table(rows, memory, units), MEMORY)
+    config = {"network": "dual", "backbone": args.backbone, "stride": args.stride, "classes": list(CLASSES)}
+    config |= {"patch_size": cut.patch_size, "um_per_px": cut.um_per_px, "normalise_stain": cut.normalise_stain}
+    config["manifest_sha256"] = settings["manifest_sha256"]
+    save_checkpoint(out / "model.pt", {"model": network.state_dict(), "config": config})
+    panels = {"loss": ["loss"], "share of the patches": list(STATES)}
+    panels |= {f"share of label {word}": [f"{word}_{state}" for state in STATES] for word in LABELS.values()}
+    curves(out / "curves.png", pd.DataFrame(log), panels)
+    skipped = sum(row["skipped"] for row in log)  # patches of steps without a finite loss
+    facts = {"patches": count_labels(labels), "memory": vars(units), "skipped_patches": skipped}
+    record_run(out, args, inputs={manifest: len(table)}, device=device, **facts)
+    print_states(memory, labels, args.epochs - loop.epochs_of(args.count_after_share, args.epochs))
+    print(f"wrote {out / 'memory.csv'}")
+    return 0
+
+
+def train(network, patches, labels, units: Settings, settings: dict, args) -> tuple[Memory, list[dict]]:
+    """The memory units after the last epoch, and the log. patches: (N, 3, S, S) uint8. labels: (N,)."""
+    out, device = Path(args.out), next(network.parameters()).device
+    weights = len(labels) / (2 * labels.bincount(minlength=2)) if args.class_weights else torch.ones(2)
+    weights = weights.to(device)
+    optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
+    modules = {"model": network, "optimizer": optimizer}
+    memory, log = start(len(labels), units), []
+    if args.resume:
+        last = read_last(out / "last.pt", settings, (*modules, "log", "memory"))
+        memory, log = Memory(**last["memory"]), loop.restore(last, modules)
+    branch_share = 0.5 - args.fused_share / 2
+    view_shares = torch.tensor([branch_share, branch_share, args.fused_share], device=device)
+    warmup = args.warmup_share * args.epochs
+    count_after, score_after = (
+        loop.epochs_of(share, args.epochs) for share in (args.count_after_share, args.score_after_share)
     )
-    patience = max(1, min(args.nan_steps, steps))  # a short epoch is not gone through in vain
-    nan_steps = 0
+    steps = -(-len(labels) // args.batch_size)
+    guard = loop.LossGuard(args.nan_steps, steps)
     network.train()
     for epoch in range(len(log), args.epochs):
-        generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)  # an epoch draws the same when resumed
-        torch.manual_seed(args.seed * 100_003 + epoch)
-        probabilities = torch.full((len(VIEWS), len(train), len(CLASSES)), torch.nan)  # NaN: the step was skipped
-        features = torch.zeros(len(train), network.width, dtype=torch.bool)
+        generator = loop.epoch_generator(args.seed, epoch)
+        probabilities = torch.full((len(VIEWS), len(labels), len(CLASSES)), torch.nan)  # NaN: the step was skipped
+        features = torch.zeros(len(labels), network.width, dtype=torch.bool)
         total = 0.0
         # Every patch exactly once, in batches of nearly one size: no last batch of a patch or two.
-        order = torch.randperm(len(train), generator=generator).tensor_split(steps)
-        batches = tqdm(order, f"epoch {epoch}", leave=False)
-        for step, batch in enumerate(batches):
-            optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (epoch + (step + 1) / steps) / max(args.warmup, 1e-9))
-            there, batch_labels = patches[batch].to(device), labels[batch].to(device)
-            weak = weak_view(there, generator, args.weak_strength)
-            strong = strong_view(there, generator, args.strong_strength)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        order = torch.randperm(len(labels), generator=generator).tensor_split(steps)
+        progress = tqdm(order, f"epoch {epoch}", leave=False)
+        for step, batch in enumerate(progress):
+            optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (epoch + (step + 1) / steps) / max(warmup, 1e-9))
+            shown, batch_labels = patches[batch].to(device), labels[batch].to(device)
+            weak = weak_view(shown, generator, args.weak_strength)
+            strong = strong_view(shown, generator, args.strong_strength)
+            with loop.autocast(device):
                 logits, pooled = network(weak, strong)
             logits = logits.float()
             losses = generalised_cross_entropy(logits.flatten(0, 1), batch_labels.repeat(len(VIEWS)), args.loss_q)
             loss = view_shares @ (losses.view(len(VIEWS), -1) * weights[batch_labels]).mean(dim=1)
-            nan_steps = 0 if torch.isfinite(loss) else nan_steps + 1
-            if nan_steps == patience:
-                raise InputError(f"the loss was not finite in {nan_steps} steps in a row (epoch {epoch}); lower --lr")
-            if nan_steps:
+            if guard.passes_over(loss, epoch):
                 continue
             optimizer.zero_grad()
             loss.backward()
@@ -181,55 +150,29 @@ def main(args: argparse.Namespace) -> int:
             probabilities[:, batch] = logits.detach().softmax(dim=2).cpu()
             features[batch] = (pooled.detach() > 0).cpu()
             total += loss.item() * len(batch)
-            batches.set_postfix(loss=f"{loss.item():.3f}", noisy=f"{log[-1]['noisy']:.3f}" if log else "-")
+            progress.set_postfix(loss=f"{loss.item():.3f}", noisy=f"{log[-1]['noisy']:.3f}" if log else "-")
 
         memory, state = update(
-            memory, labels, probabilities, features, units, epoch >= args.count_after, epoch >= args.score_after
+            memory, labels, probabilities, features, units, epoch >= count_after, epoch >= score_after
         )
         row = {"epoch": epoch, "loss": total, **shares(state, labels)}
-        log.append(row | {"loss": total / (len(train) - row["skipped"])})
-        content = {
-            "model": network.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "memory": vars(memory),
-            "log": log,
-        }
-        write_csv(out / "log.csv", pd.DataFrame(log).round(6))  # before last.pt: with that, the epoch is done
-        save_checkpoint(out / "last.pt", {**content, "config": config, "settings": settings})
-
-    write_csv(out / "memory.csv", memory_table(train, memory, units))
-    save_checkpoint(out / "model.pt", {"model": network.state_dict(), "config": config})
-    panels = {"loss": ["loss"], "share of the patches": list(STATES)}
-    panels |= {f"share of label {word}": [f"{word}_{state}" for state in STATES] for word in LABELS.values()}
-    curves(out / "curves.png", pd.DataFrame(log), panels)
-    skipped = sum(row["skipped"] for row in log)  # patches of steps without a finite loss
-    facts = {"patches": counts, "memory": vars(units), "skipped_patches": skipped}
-    record_run(out, args, inputs={manifest: len(table)}, device=device, **facts)
-    for label, word in LABELS.items():
-        mine = labels == label
-        ever = ", ".join(f"{int((getattr(memory, state)[mine] > 0).sum())} {state}" for state in STATES)
-        print(f"{word}: {counts[word]} patches, in {args.epochs - args.count_after} counted epochs ever: {ever}")
-    print(f"wrote {out / 'memory.csv'}")
-    return 0
+        log.append(row | {"loss": total / (len(labels) - row["skipped"])})
+        loop.save_epoch(out, log, modules, memory=vars(memory), settings=settings)
+    return memory, log
 
 
-def check_epochs(args: argparse.Namespace) -> None:
-    """Refuse a run in which the memory would have nothing to count."""
-    for flag, after in (("count_after", max(args.count_after, 1)), ("score_after", args.score_after)):
-        if args.epochs <= after:
-            raise InputError(
-                f"--epochs {args.epochs} with --{flag} {getattr(args, flag)}: the memory needs more than {after} "
-                f"epoch{'s' * (after != 1)}; raise EPOCHS or lower {flag.upper()}"
-            )
+def count_labels(labels: torch.Tensor) -> dict[str, int]:
+    """How many patches (N,) each label has."""
+    return {word: int((labels == label).sum()) for label, word in LABELS.items()}
 
 
 def shares(state: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     """Shares of the patches seen in an epoch that were clean, hard and noisy, of all and per label; patches skipped."""
     row: dict[str, float] = {"skipped": int((state == UNSEEN).sum())}
     groups = {"": labels >= 0, **{f"{word}_": labels == label for label, word in LABELS.items()}}
-    for prefix, mine in groups.items():
-        seen = max(1, int((mine & (state != UNSEEN)).sum()))
-        row |= {f"{prefix}{name}": int((mine & (state == code)).sum()) / seen for code, name in enumerate(STATES)}
+    for prefix, members in groups.items():
+        seen = max(1, int((members & (state != UNSEEN)).sum()))
+        row |= {f"{prefix}{name}": int((members & (state == code)).sum()) / seen for code, name in enumerate(STATES)}
     return row
 
 
@@ -237,7 +180,7 @@ def memory_table(train: pd.DataFrame, memory: Memory, units: Settings) -> pd.Dat
     """memory.csv: a row per training patch, in the manifest's order; a shifted copy has the memory of its mitosis.
 
     Only mitoses have shifted copies, so that a nucleus out of the middle gives the label away: copies with a wrong
-    label were called clean far oftener than the patch they were made of (docs/measured.md).
+    label were called clean far oftener than the patch they were made of (docs/log.md).
     """
     columns = {name: getattr(memory, name) for name in (*STATES, "learned", "forgotten")}
     columns |= {f"confidence_{view}": row for view, row in zip(VIEWS, thresholds(memory, units), strict=True)}
@@ -247,5 +190,13 @@ def memory_table(train: pd.DataFrame, memory: Memory, units: Settings) -> pd.Dat
     return pd.concat([train[["patch", "label", "origin"]], of_nucleus], axis=1).round(6)
 
 
+def print_states(memory: Memory, labels: torch.Tensor, counted: int) -> None:
+    """Say of each label in which states its patches were in the counted epochs."""
+    for label, word in LABELS.items():
+        members = labels == label
+        ever = ", ".join(f"{int((getattr(memory, state)[members] > 0).sum())} {state}" for state in STATES)
+        print(f"{word}: {int(members.sum())} patches, in {counted} counted epochs ever: {ever}")
+
+
 if __name__ == "__main__":
-    run_script(main, build_parser().parse_args())
+    run_script(main, args)

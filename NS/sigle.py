@@ -1,234 +1,151 @@
 """Stage 2 of 9: train the search network that tells mitosis from negative patches.
 
-Reads patches.csv and the patches of stage 1 (or 3), and the dataset's val fields to choose the threshold; patches that
-come from no fields (pre/split_patches.py) have it chosen on the val patches and are judged in OUT/test.json.
-With --hard the training patches that stage 5 called noisy are left out.
-Writes OUT/model.pt (best epoch on val), log.csv, curves.png, val_curve.csv, reliability.png (calibration; with fields
-only), run.json and, to resume from, last.pt.
+Reads patches.csv and the patches of stage 1 (or 3), and the dataset's validation fields to choose the threshold;
+patches that come from no fields (pre/split_patches.py) have it chosen on the validation patches and are judged in
+OUT/test.json. With --hard the training patches that stage 5 called noisy are left out.
+Writes OUT/model.pt (best epoch on validation), log.csv, curves.png, val_curve.csv, reliability.png (calibration; with
+fields only), run.json and, to resume from, last.pt.
 """
 
-import argparse
-import copy
 import sys
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import pandas as pd
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
-
-from dasc.data.patches import load_patches
-from dasc.data.tables import LABELS, read_cut_fields, read_cut_run, read_patches
-from dasc.detect.val import check_val_fields, judge_patches, threshold_on_patches, threshold_on_val
-from dasc.errors import InputError
-from dasc.files import sha256, write_csv, write_json
-from dasc.model.augment import training_view
-from dasc.model.checkpoint import blend, check_same_run, load_backbone_weights, read_checkpoint, save_checkpoint
-from dasc.model.difficulty import join_by_patch, read_verdicts
-from dasc.model.inference import score_patches
-from dasc.model.loop import balanced_order, batches, best_f1, check_batch, cosine
-from dasc.model.network import CLASSES, SearchNetwork, fold_batch_norms, update_average
-from dasc.report.plots import curves, precision_recall
-from dasc.run import pick_device, positive, record_run, run_script, share, true_or_false
+from dasc.flags import Amount, Count, Device, Positive, Share, read_flags
 
 # Edit here, or override one run with the flag of the same name.
 MANIFEST = "data/patches/patches.csv"  # patches to train on
 HARD = ""  # hard.csv of stage 5, whose noisy patches are left out of the training; empty: none is
 OUT = "results/NS"  # folder to write
-DATA_ROOT = ""  # dataset folder with the val fields; empty: where it lay at stage 1
+DATA_ROOT = ""  # dataset folder with the validation fields; empty: where it lay at stage 1
 BACKBONE = "resnet18"  # any timm model that gives feature maps
-STRIDE = 16  # px of the patch per cell of the CAM; 16 is the third block of ResNet18
+STRIDE: Count = 16  # px of the patch per cell of the CAM; 16 is the third block of ResNet18
 PRETRAINED = True  # start from timm's ImageNet weights (needs the model hub)
 INIT_WEIGHTS = ""  # start from this timm state dict or model.pt on disk instead
-START_SHARE = 0.5  # how far the kept weights go back to a model.pt that --init_weights names; 0: not at all
-EPOCHS = 25  # passes over as many label-balanced patches as the training split holds
-BATCH_SIZE = 128  # patches per step
-LR = 1e-4  # learning rate of Adam at the start; it falls to 0 along a cosine
-AVERAGE = 0.98  # the kept weights are a running average over about 1 / (1 - AVERAGE) steps; 0: those of the last step
-STAIN = 0.2  # stain augmentation: relative change of each stain's amount; 0 turns it off
-LIGHT = 0.2  # relative change of brightness and contrast
-FOCUS = 0.8  # largest share of fine detail blurred away, and half of it sharpened
-NAN_STEPS = 10  # steps in a row without a finite loss before training stops
-MATCH_UM = 7.5  # a detection this near to a mitosis is right; also the distance within which detections merge
-PER_MM2 = 3000.0  # candidates per mm2 looked at in the val fields, as in predict.py
-VIEWS = 8  # right-angle views averaged for every likely candidate, as in predict.py
-DEVICE = "auto"  # auto, cpu, cuda or mps
-SEED = 0
-WORKERS = 2  # threads that read patches into memory
+START_SHARE: Share = 0.5  # weight interpolation: share of the model.pt of --init_weights in the kept weights
+EPOCHS: Count = 25  # passes over as many label-balanced patches as the training split holds
+BATCH_SIZE: Count = 128  # patches per step
+LR: Positive = 1e-4  # learning rate of Adam at the start; it falls to 0 along a cosine
+EMA: Share = 0.98  # decay per step of the moving average of the weights, which is what is kept; 0: the last step's
+STAIN: Amount = 0.2  # stain augmentation: relative change of each stain's amount; 0 turns it off
+LIGHT: Amount = 0.2  # augmentation: relative change of brightness and contrast
+FOCUS: Share = 0.8  # augmentation: largest share of fine detail blurred away, and half of it sharpened
+NAN_STEPS: Count = 10  # steps in a row without a finite loss before training stops
+MATCH_UM: Positive = 7.5  # a detection this near to a mitosis is right; within it detections merge into the strongest
+PER_MM2: Positive = 3000.0  # candidates per mm2 looked at in the validation fields, and by predict.py with this model
+VIEWS: Literal[1, 2, 4, 8] = 8  # test-time augmentation: turned and mirrored views averaged per likely candidate
+DEVICE: Device = "auto"  # auto takes cuda, else mps, else cpu
+SEED = 0  # of the first weights, the draws and the augmentation
+WORKERS: Count = 2  # threads that read patches into memory
 RESUME = False  # True: go on from OUT/last.pt
 
+if __name__ == "__main__":
+    args = read_flags(globals())  # before the slow imports: --help and a wrong flag answer at once
 
-def build_parser() -> argparse.ArgumentParser:
-    """Flags: the constants above in lower case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--manifest", default=MANIFEST, help="patches.csv to train on")
-    parser.add_argument("--hard", default=HARD, help="hard.csv of stage 5: do not train on its noisy patches")
-    parser.add_argument("--out", default=OUT, help="folder to write")
-    parser.add_argument("--data_root", default=DATA_ROOT, help="dataset folder (default: where it lay at stage 1)")
-    parser.add_argument("--backbone", default=BACKBONE, help="timm model")
-    parser.add_argument("--stride", type=int, default=STRIDE, help="px per cell of the CAM")
-    parser.add_argument("--pretrained", type=true_or_false, default=PRETRAINED, help="timm's ImageNet weights")
-    parser.add_argument("--init_weights", default=INIT_WEIGHTS, help="timm state dict or model.pt to start from")
-    parser.add_argument("--start_share", type=share, default=START_SHARE, help="of that model.pt in the kept weights")
-    parser.add_argument("--epochs", type=positive, default=EPOCHS)
-    parser.add_argument("--batch_size", type=positive, default=BATCH_SIZE, help="patches per step")
-    parser.add_argument("--lr", type=float, default=LR, help="learning rate at the start")
-    parser.add_argument("--average", type=float, default=AVERAGE, help="decay of the running average of the weights")
-    parser.add_argument("--stain", type=float, default=STAIN, help="strength of stain augmentation")
-    parser.add_argument("--light", type=float, default=LIGHT, help="strength of brightness and contrast changes")
-    parser.add_argument("--focus", type=float, default=FOCUS, help="strength of blurring and sharpening")
-    parser.add_argument("--nan_steps", type=int, default=NAN_STEPS, help="steps without a finite loss before it stops")
-    parser.add_argument("--match_um", type=float, default=MATCH_UM, help="a detection this near is right")
-    parser.add_argument("--per_mm2", type=float, default=PER_MM2, help="candidates per mm2 in the val fields")
-    parser.add_argument("--views", type=int, default=VIEWS, choices=(1, 2, 4, 8), help="views averaged per candidate")
-    parser.add_argument("--device", default=DEVICE, help="auto, cpu, cuda or mps")
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--workers", type=positive, default=WORKERS, help="threads that read patches")
-    parser.add_argument("--resume", type=true_or_false, nargs="?", const=True, default=RESUME)
-    return parser
+import copy
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from dasc.data.patches import load_patches
+from dasc.data.tables import SPLITS, check_both_labels, read_cut, read_patches, read_val_fields, without_noisy
+from dasc.detect.val import fit_to_patches, fit_to_val, judge_patches
+from dasc.files import write_json
+from dasc.model import loop
+from dasc.model.augment import training_view
+from dasc.model.checkpoint import read_last, training_settings
+from dasc.model.inference import score_patches
+from dasc.model.network import fold_batch_norms
+from dasc.report.plots import reliability
+from dasc.report.trained import write_detector
+from dasc.run import pick_device, record_run, run_script
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args) -> int:
     device = pick_device(args.device)
     manifest, out = Path(args.manifest), Path(args.out)
     table = read_patches(manifest)
-    train, val = (table[table["split"] == split] for split in ("train", "val"))
-    inputs = {manifest: len(table)}
+    parts = {split: table[table["split"] == split] for split in SPLITS}
     if args.hard:
-        inputs[args.hard] = len(train)
-        train = join_by_patch(train, read_verdicts(Path(args.hard)), manifest, Path(args.hard))
-        noisy = train["verdict"] == "noisy"
-        print(f"{args.hard}: {noisy.sum()} of {len(train)} training patches are noisy and left out")
-        train = train[~noisy]
-    for name, part in (("train", train), ("val", val)):
-        for label, word in LABELS.items():
-            if not (part["label"] == label).any():
-                raise InputError(
-                    f"{manifest}: split {name} has no {word} patch ({len(part)} in all); see --val, --test"
-                )
-    run = read_cut_run(manifest.parent)
-    cut, cut_fields = run["arguments"], None
-    if run["data_root"] is not None:
-        cut_fields = read_cut_fields(manifest.parent, args.data_root)
-        check_val_fields(*cut_fields[:2])
-    train_patches, val_patches = (
-        load_patches([manifest.parent / patch for patch in part["patch"]], args.workers) for part in (train, val)
-    )
-    train_labels = torch.tensor(train["label"].to_numpy())
+        parts["train"] = without_noisy(parts["train"], manifest, Path(args.hard))
+    for split in ("train", "val"):
+        check_both_labels(parts[split], f"{manifest}: split {split}", "see --val and --test of pre/cut_patch_2.py")
+    cut, fields = read_cut(manifest.parent), read_val_fields(manifest.parent, args.data_root, optional=True)
+    loop.check_batch(args.batch_size, cut.patch_size, args.stride)
+    files = {split: [manifest.parent / patch for patch in part["patch"]] for split, part in parts.items()}
+    patches = {split: load_patches(files[split], args.workers, cut.patch_size) for split in ("train", "val")}
+    labels = {split: torch.tensor(part["label"].to_numpy()) for split, part in parts.items()}
 
-    check_batch(args.batch_size, train_patches.shape[-1], args.stride)
-    torch.manual_seed(args.seed)
-    network = SearchNetwork(args.backbone, args.stride, args.pretrained and not args.init_weights and not args.resume)
-    start = load_backbone_weights(network, Path(args.init_weights)) if args.init_weights else None
-    network.to(device, memory_format=torch.channels_last)
+    settings = training_settings(args, manifest=manifest, hard=args.hard, init_weights=args.init_weights)
+    network, start = loop.start_network(args, device, resumed=args.resume)
+    best, log = train(network, patches, labels, settings, args)
+    detector, best = loop.kept_detector(network, best, start, cut, args, settings["manifest_sha256"])
+
+    if fields:
+        detector, curve, *judged = fit_to_val(detector, fields, batch_size=2 * args.batch_size, match_um=args.match_um)
+        reliability(out / "reliability.png", *judged, detector.calibration)
+    else:
+        scores = score_patches(detector.network, patches["val"], 2 * args.batch_size, args.views)
+        detector, curve = fit_to_patches(detector, labels["val"].numpy(), scores.numpy())
+        if files["test"]:  # predict.py cannot judge patches that come from no fields
+            test = load_patches(files["test"], args.workers, cut.patch_size)
+            scores = score_patches(detector.network, test, 2 * args.batch_size, args.views)
+            write_json(out / "test.json", judge_patches(labels["test"].numpy(), scores.numpy(), detector.threshold))
+    panels = {"cross entropy": ["loss"], "F1 of the val patches": ["val_f1"]}
+    facts = write_detector(out, detector, best, curve, log, panels, hard_sha256=settings.get("hard_sha256"))
+    inputs = {manifest: len(table)} | ({args.hard: len(files["train"])} if args.hard else {})
+    record_run(out, args, inputs=inputs, device=device, start_share=args.start_share if start else 0.0, **facts)
+    return 0
+
+
+def train(network, patches: dict, labels: dict, settings: dict, args) -> tuple[dict, list[dict]]:
+    """The averaged weights of the best epoch on the validation patches, and the log.
+
+    patches: (N, 3, S, S) uint8 of train and val. labels: (N,) of each.
+    """
+    out, device = Path(args.out), next(network.parameters()).device
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
-    config = {
-        "backbone": args.backbone,
-        "stride": args.stride,
-        "patch_size": train_patches.shape[-1],
-        "um_per_px": cut["patch_um_per_px"],
-        "normalise_stain": cut["normalise_stain"],
-        "classes": list(CLASSES),
-        "threshold": 0.5,
-        "manifest_sha256": sha256(manifest),
-    }
-    if args.hard:
-        config["hard_sha256"] = sha256(Path(args.hard))
-    unsettled = ("out", "start_share", "device", "workers", "resume")  # no epoch depends on these
-    settings = {key: value for key, value in vars(args).items() if key not in unsettled}
-    average = copy.deepcopy(network).eval()
-    log, best = [], None
+    ema, log, best = copy.deepcopy(network).eval(), [], None
+    modules = {"model": network, "ema": ema, "optimizer": optimizer}
     if args.resume:
-        checkpoint = read_checkpoint(out / "last.pt")
-        check_same_run(out / "last.pt", checkpoint, settings, config)
-        if checkpoint["config"].get("hard_sha256") != config.get("hard_sha256"):
-            raise InputError(f"{out / 'last.pt'}: was trained on another hard.csv than {args.hard}; leave out --resume")
-        network.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        average.load_state_dict(checkpoint["average"])
-        log, best = checkpoint["log"], checkpoint["best"]
-
-    steps = -(-len(train) // args.batch_size)
-    patience = max(1, min(args.nan_steps, steps))  # a short epoch is not gone through in vain
-    nan_steps = 0
+        last = read_last(out / "last.pt", settings, (*modules, "log", "best"))
+        log, best = loop.restore(last, modules), last["best"]
+    steps = -(-len(labels["train"]) // args.batch_size)
+    guard = loop.LossGuard(args.nan_steps, steps)
     for epoch in range(len(log), args.epochs):
-        generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)  # an epoch draws the same when resumed
-        torch.manual_seed(args.seed * 100_003 + epoch)
+        generator = loop.epoch_generator(args.seed, epoch)
         network.train()
         total, skipped = 0.0, 0
-        order = batches(balanced_order(train_labels, generator), args.batch_size)
+        order = loop.batches(loop.balanced_order(labels["train"], generator), args.batch_size)
         progress = tqdm(order, f"epoch {epoch}", leave=False)
         for step, batch in enumerate(progress):
-            optimizer.param_groups[0]["lr"] = args.lr * cosine((epoch + step / steps) / args.epochs)
-            views = training_view(train_patches[batch].to(device), generator, args.stain, args.light, args.focus)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = F.cross_entropy(network(views).float(), train_labels[batch].to(device))
-            nan_steps = 0 if torch.isfinite(loss) else nan_steps + 1
-            if nan_steps == patience:
-                raise InputError(f"the loss was not finite in {nan_steps} steps in a row (epoch {epoch}); lower --lr")
-            if nan_steps:
+            optimizer.param_groups[0]["lr"] = args.lr * loop.cosine((epoch + step / steps) / args.epochs)
+            shown = patches["train"][batch].to(device)
+            views = training_view(shown, generator, args.stain, args.light, args.focus)
+            with loop.autocast(device):
+                loss = F.cross_entropy(network(views).float(), labels["train"][batch].to(device))
+            if guard.passes_over(loss, epoch):
                 skipped += len(batch)
                 continue
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            done = epoch * steps + step  # the average forgets the first steps sooner than the later ones
-            update_average(average, network, min(args.average, (1 + done) / (10 + done)))
+            loop.update_ema(ema, network, args.ema, epoch * steps + step)
             total += loss.item() * len(batch)
             progress.set_postfix(loss=f"{loss.item():.3f}", val_f1=f"{log[-1]['val_f1']:.3f}" if log else "-")
 
-        scores = score_patches(fold_batch_norms(average), val_patches, 2 * args.batch_size)
-        val_f1 = best_f1(val["label"].to_numpy(), scores.numpy())
-        log.append({"epoch": epoch, "loss": total / (len(train) - skipped), "val_f1": val_f1, "skipped": skipped})
-        if best is None or val_f1 > max(row["val_f1"] for row in log[:-1]):
-            best = {name: tensor.clone() for name, tensor in average.state_dict().items()}
-        state = {"model": network.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-        state |= {"log": log, "best": best, "config": config, "settings": settings}
-        write_csv(out / "log.csv", pd.DataFrame(log).round(6))  # before last.pt: with that, the epoch is done
-        save_checkpoint(out / "last.pt", state)
-
-    if start:
-        best = blend(best, start, args.start_share)
-        print(f"the kept weights lie {args.start_share:.0%} of the way back to {args.init_weights}")
-    average.load_state_dict(best)
-    folded = fold_batch_norms(average)
-    if cut_fields:
-        facts, curve = threshold_on_val(
-            folded,
-            config,
-            *cut_fields,
-            batch_size=2 * args.batch_size,
-            per_mm2=args.per_mm2,
-            match_um=args.match_um,
-            views=args.views,
-            reliability_path=out / "reliability.png",
-        )
-        config |= facts
-    else:
-        scores = score_patches(folded, val_patches, 2 * args.batch_size, args.views)
-        config["threshold"], curve = threshold_on_patches(val["label"].to_numpy(), scores.numpy())
-        test = table[table["split"] == "test"]
-        if len(test):  # predict.py cannot judge patches that come from no fields
-            patches = load_patches([manifest.parent / patch for patch in test["patch"]], args.workers)
-            scores = score_patches(folded, patches, 2 * args.batch_size, args.views)
-            write_json(out / "test.json", judge_patches(test["label"].to_numpy(), scores.numpy(), config["threshold"]))
-    save_checkpoint(out / "model.pt", {"model": best, "config": config})
-    write_csv(out / "val_curve.csv", curve.round(6))
-    curves(out / "curves.png", pd.DataFrame(log), {"cross entropy": ["loss"], "F1 of the val patches": ["val_f1"]})
-    precision_recall(out / "val_curve.png", curve, config["threshold"])
-    epoch = max(range(len(log)), key=lambda index: log[index]["val_f1"])
-    skipped = sum(row["skipped"] for row in log)  # patches of steps without a finite loss
-    facts = {"best_epoch": epoch, "threshold": config["threshold"], "skipped_patches": skipped}
-    facts["start_share"] = args.start_share if start else 0.0
-    record_run(out, args, inputs=inputs, device=device, **facts)
-    f1 = curve["f1"].max() if len(curve) else 0.0
-    judged = "fields" if cut_fields else "patches"
-    print(f"best epoch {epoch}; val {judged}: F1 {f1:.3f} at best; threshold {config['threshold']:.3f}")
-    print(f"wrote {out / 'model.pt'}")
-    return 0
+        scores = score_patches(fold_batch_norms(ema), patches["val"], 2 * args.batch_size)
+        val_f1 = loop.best_f1(labels["val"].numpy(), scores.numpy())
+        if best is None or val_f1 > max(row["val_f1"] for row in log):
+            best = loop.copy_of(ema.state_dict())
+        loss = total / (len(labels["train"]) - skipped)
+        log.append({"epoch": epoch, "loss": loss, "val_f1": val_f1, "skipped": skipped})
+        loop.save_epoch(out, log, modules, best=best, settings=settings)
+    return best, log
 
 
 if __name__ == "__main__":
-    run_script(main, build_parser().parse_args())
+    run_script(main, args)

@@ -66,31 +66,6 @@ def run_script(
     sys.exit(status)
 
 
-def true_or_false(text: str) -> bool:
-    """Argparse type for a flag that takes True or False; bool("False") would be True."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
-
-
-def positive(text: str) -> int:
-    """Argparse type for a flag that takes a whole number from 1 on."""
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, found {text!r}")
-    return int(text)
-
-
-def share(text: str) -> float:
-    """Argparse type for a flag that takes a number from 0 to 1."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
-    return number
-
-
 def pick_device(name: str) -> torch.device:
     """Turn `--device` (auto, cpu, cuda, mps) into a device; auto takes the first of cuda, mps, cpu that is there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}

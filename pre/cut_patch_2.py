@@ -1,22 +1,60 @@
 """Stages 1 and 3 of 9: cut nucleus patches from annotated fields; with a search network, its false positives too.
 
 Reads a dataset (README, "Datasets"); with --fp_mdoel True also the model of stage 2.
-Writes OUT/{train,val,test}/{mitosis,negative}/*.png, patches.csv, fields.csv, annotations.csv and run.json.
+Writes OUT/{train,val,test}/{mitosis,negative}/*.png, patches.csv, fields.csv, annotations.csv, cut.json and run.json.
 All patches show the same width of tissue; every coordinate stays in the field's own pixels.
 """
 
-import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dasc.flags import Amount, Count, Device, Layout, Natural, Positive, Share, read_flags
+
+# Edit here, or override one run with the flag of the same name.
+DATASET: Layout = "sample"  # form of the dataset
+DATA_ROOT = "data/sample"  # folder of the dataset
+OUT = ""  # folder to write; empty: data/patches, or data/patches_ns with --fp_mdoel True
+VAL = ""  # cases or ids for validation, A,B; empty: the dataset's own (the paper's) split
+TEST = ""  # cases or ids for the test
+UM_PER_PX: Amount = 0.0  # resolution of the fields in um/px; 0: as the dataset or the file states it
+PATCH_SIZE: Count = 80  # side of a patch in px
+PATCH_UM_PER_PX: Positive = 0.25  # resolution of the patches: 80 px show 20 um
+NORMALISE_STAIN = True  # bring every field to one mean and spread of stain before patches are cut
+PER_MM2: Positive = (
+    1800.0  # candidate nuclei per mm2, best ranked first, that negatives are drawn from and searched in;
+)
+# fewer than the 3000 that prediction looks at: what a network finds hardly differs (docs/log.md, "Candidates"), and the
+# faint nuclei beyond would dilute the random negatives
+SHIFTS: Natural = 3  # moved copies of every mitosis of the training split
+SHIFT_SHARE: Share = 0.2  # largest move of a copy, in parts of the patch
+TURN_PROBABILITY: Share = 0.8  # share of the copies that are also turned, by 60 to 180 degrees
+EXCLUDE_UM: Amount = 20.0  # candidates nearer than this to a mitosis are never negatives
+SAME_UM: Amount = 7.5  # candidates nearer than this to an annotated hard negative are the same nucleus
+RANDOM_PER_POSITIVE: Amount = 1.0  # random negatives per mitosis patch of a training field
+RANDOM_PER_FIELD: Natural = 40  # random negatives in every field of validation and test
+HARD_NEGATIVES = True  # cut the annotated hard negatives too; False: as if nobody had annotated any
+FP_MDOEL = False  # True: stage 3, search the training fields with the model for false positives
+MODEL_PATH = "results/NS/model.pt"  # the search network of stage 2
+SEARCH_ABOVE: Share = 0.5  # p(mitosis) above which a candidate away from every mitosis is a false positive
+RANDOM_PER_SEARCHED: Amount = 1.0  # random negatives kept beside every searched one
+DEVICE: Device = "auto"  # auto takes cuda, else mps, else cpu; only the search uses it
+BATCH_SIZE: Count = 256  # patches scored together in the search
+SEED = 0  # of the shifted copies and the random negatives
+WORKERS: Count = 2  # fields cut at the same time; each holds one field in memory
+RESUME = False  # True: go on with an interrupted run of the same settings
+
+if __name__ == "__main__":
+    args = read_flags(globals())  # before the slow imports: --help and a wrong flag answer at once
+
 import hashlib
 import json
 import shutil
-import sys
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import pandas as pd
@@ -25,89 +63,22 @@ from tqdm import tqdm
 
 from dasc.data.datasets import Dataset, drop_outside, read_dataset
 from dasc.data.patches import PatchCutter, write_patch
-from dasc.data.readers import READERS
 from dasc.data.splits import parse_cases
-from dasc.data.tables import ANNOTATIONS, FIELDS, LABELS, PATCHES, SPLITS
+from dasc.data.tables import ANNOTATIONS, FIELDS, LABELS, PATCHES, SPLITS, Cut, write_cut, write_table
 from dasc.detect.candidates import find_candidates
 from dasc.detect.field import score_points
 from dasc.errors import InputError, WriteError
 from dasc.files import check_replaceable, file_name, put_in_place, sha256, write_csv, write_json, writing
 from dasc.images.read import read_field, resolution
 from dasc.images.stain import normalise_stain
-from dasc.model.checkpoint import load_network
-from dasc.run import pick_device, positive, record_run, run_script, true_or_false
+from dasc.model.checkpoint import Detector, load_detector
+from dasc.run import pick_device, record_run, run_script
 
-# Edit here, or override one run with the flag of the same name.
-DATASET = "sample"  # sample, midog, mitos14, tupac16, tupac16_al or table
-DATA_ROOT = "data/sample"  # folder of the dataset
-OUT = ""  # folder to write; empty: data/patches, or data/patches_ns with --fp_mdoel True
-VAL = ""  # cases or ids for validation, A,B; empty: the dataset's own (the paper's) split
-TEST = ""  # cases or ids for the test
-UM_PER_PX = 0.0  # resolution of the fields in um/px; 0: as the dataset or the file states it
-PATCH_SIZE = 80  # side of a patch in px
-PATCH_UM_PER_PX = 0.25  # resolution of the patches: 80 px show 20 um
-NORMALISE_STAIN = True  # bring every field to one mean and spread of stain before patches are cut
-PER_MM2 = 1800.0  # candidate nuclei per mm2, best ranked first; more find more and cost more
-SHIFTS = 3  # moved copies of every mitosis of the training split
-SHIFT_SHARE = 0.2  # largest move of a copy, in parts of the patch
-TURN_PROBABILITY = 0.8  # share of the copies that are also turned, by 60 to 180 degrees
-EXCLUDE_UM = 20.0  # candidates nearer than this to a mitosis are never negatives
-SAME_UM = 7.5  # candidates nearer than this to an annotated hard negative are the same nucleus
-RANDOM_PER_POSITIVE = 1.0  # random negatives per mitosis patch of a training field
-RANDOM_PER_FIELD = 40  # random negatives in every field of val and test
-HARD_NEGATIVES = True  # cut the annotated look-alikes too; False: as if nobody had annotated any
-FP_MDOEL = False  # True: stage 3, search the training fields with the model for false positives
-MODEL_PATH = "results/NS/model.pt"  # the search network of stage 2
-SEARCH_ABOVE = 0.5  # p(mitosis) above which a candidate away from every mitosis is a false positive
-RANDOM_PER_SEARCHED = 1.0  # random negatives kept beside every searched one
-DEVICE = "auto"  # auto, cpu, cuda or mps; only the search uses it
-BATCH_SIZE = 256  # patches scored together in the search
-SEED = 0
-WORKERS = 2  # fields cut at the same time; each holds one field in memory
-RESUME = False  # True: go on with an interrupted run of the same settings
+# No patch depends on these: where things lie (hashes decide), and how fast they are read and scored.
+PASSING = ("out", "data_root", "model_path", "device", "batch_size", "workers", "resume")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Flags: the constants above in lower case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default=DATASET, choices=list(READERS), help="form of the dataset")
-    parser.add_argument("--data_root", default=DATA_ROOT, help="folder of the dataset")
-    parser.add_argument("--out", default=OUT, help="folder to write (default: data/patches; stage 3: data/patches_ns)")
-    parser.add_argument("--val", default=VAL, help="cases for validation, A,B (default: the paper's)")
-    parser.add_argument("--test", default=TEST, help="cases for the test, A,B (default: the paper's)")
-    parser.add_argument("--um_per_px", type=float, default=UM_PER_PX, help="resolution of the fields; 0: as stated")
-    parser.add_argument("--patch_size", type=positive, default=PATCH_SIZE, help="side of a patch in px")
-    parser.add_argument("--patch_um_per_px", type=float, default=PATCH_UM_PER_PX, help="resolution of the patches")
-    parser.add_argument("--normalise_stain", type=true_or_false, default=NORMALISE_STAIN, help="one stain for all")
-    parser.add_argument("--per_mm2", type=float, default=PER_MM2, help="candidate nuclei per mm2")
-    parser.add_argument("--shifts", type=int, default=SHIFTS, help="moved copies of every training mitosis")
-    parser.add_argument("--shift_share", type=float, default=SHIFT_SHARE, help="largest move, in parts of the patch")
-    parser.add_argument("--turn_probability", type=float, default=TURN_PROBABILITY, help="share of turned copies")
-    parser.add_argument("--exclude_um", type=float, default=EXCLUDE_UM, help="no negative nearer to a mitosis")
-    parser.add_argument("--same_um", type=float, default=SAME_UM, help="nearer to a hard negative: the same nucleus")
-    parser.add_argument("--random_per_positive", type=float, default=RANDOM_PER_POSITIVE, help="in training fields")
-    parser.add_argument("--random_per_field", type=int, default=RANDOM_PER_FIELD, help="in val and test fields")
-    parser.add_argument("--hard_negatives", type=true_or_false, default=HARD_NEGATIVES, help="cut look-alikes")
-    parser.add_argument(
-        "--fp_mdoel",
-        type=true_or_false,
-        nargs="?",
-        const=True,
-        default=FP_MDOEL,
-        help="True: stage 3, search",
-    )
-    parser.add_argument("--model_path", default=MODEL_PATH, help="search network of stage 2")
-    parser.add_argument("--search_above", type=float, default=SEARCH_ABOVE, help="p(mitosis) of a false positive")
-    parser.add_argument("--random_per_searched", type=float, default=RANDOM_PER_SEARCHED, help="beside searched ones")
-    parser.add_argument("--device", default=DEVICE, help="auto, cpu, cuda or mps")
-    parser.add_argument("--batch_size", type=positive, default=BATCH_SIZE, help="patches scored together")
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--workers", type=positive, default=WORKERS, help="fields cut at the same time")
-    parser.add_argument("--resume", type=true_or_false, nargs="?", const=True, default=RESUME)
-    return parser
-
-
-def main(args: argparse.Namespace) -> int:
+def main(args) -> int:
     dataset = read_dataset(
         args.dataset, Path(args.data_root), parse_cases(args.val) or None, parse_cases(args.test) or None
     )
@@ -115,8 +86,9 @@ def main(args: argparse.Namespace) -> int:
     network = device = None
     if args.fp_mdoel:
         device = pick_device(args.device)
-        network, config = load_network(Path(args.model_path), device)
-        check_model(config, args)
+        detector = load_detector(Path(args.model_path), device)
+        check_model(detector, args)
+        network = detector.network
     out = out_folder(args)
     partial = start(out, args, dataset)
 
@@ -147,30 +119,27 @@ def main(args: argparse.Namespace) -> int:
     return 1 if skipped else 0
 
 
-def out_folder(args: argparse.Namespace) -> Path:
+def out_folder(args) -> Path:
     """The folder to write: --out, or that of the stage."""
     return Path(args.out or ("data/patches_ns" if args.fp_mdoel else "data/patches"))
 
 
-def check_model(config: dict, args: argparse.Namespace) -> None:
-    wanted = {
-        "patch_size": args.patch_size,
-        "um_per_px": args.patch_um_per_px,
-        "normalise_stain": args.normalise_stain,
-    }
-    for name, value in wanted.items():
-        if config[name] != value:
-            raise InputError(f"{args.model_path}: trained at {name} {config[name]}, these patches have {value}")
+def check_model(detector: Detector, args) -> None:
+    """Raise InputError where the search network was trained on other patches than these."""
+    for name in ("patch_size", "patch_um_per_px", "normalise_stain"):
+        trained, value = getattr(detector, name), getattr(args, name)
+        if trained != value:
+            raise InputError(f"{args.model_path}: trained at {name} {trained}, these patches have {value}")
 
 
-def start(out: Path, args: argparse.Namespace, dataset: Dataset) -> Path:
+def start(out: Path, args, dataset: Dataset) -> Path:
     """The folder to work in, beside `out`, which it replaces at the end: a killed run leaves `out` as it was.
 
     It is gone on with only where settings, annotations and model are those it was begun with.
     """
     check_replaceable(out, "patches.csv")
     partial = out.with_name(out.name + ".partial")
-    settings = {key: str(value) for key, value in vars(args).items() if key not in ("resume", "workers")}
+    settings = {key: str(value) for key, value in vars(args).items() if key not in PASSING}
     tables = repr([table.to_dict("records") for table in (dataset.fields, dataset.annotations)])
     settings["annotations"] = hashlib.sha256(tables.encode()).hexdigest()
     settings["model"] = sha256(Path(args.model_path)) if args.fp_mdoel else None
@@ -200,7 +169,7 @@ def check_settings(note: Path, settings: dict[str, str | None]) -> None:
             )
 
 
-class Cut(NamedTuple):
+class CutPatch(NamedTuple):
     """One patch to write: centre in the field, annotated point in the patch (NaN without one), uint8 (3, S, S)."""
 
     label: int
@@ -226,8 +195,8 @@ def cut_field(field, annotations: pd.DataFrame, root: Path, partial: Path, args,
     if outside:
         tqdm.write(f"{field.image}: {outside} annotations outside the field dropped", file=sys.stderr)
     mitoses = annotations.loc[annotations["label"] == 1, ["x_px", "y_px"]].to_numpy(float)
-    look_alikes = annotations.loc[annotations["label"] == 0, ["x_px", "y_px"]].to_numpy(float)
-    look_alikes = look_alikes if args.hard_negatives else look_alikes[:0]
+    hard_negatives = annotations.loc[annotations["label"] == 0, ["x_px", "y_px"]].to_numpy(float)
+    hard_negatives = hard_negatives if args.hard_negatives else hard_negatives[:0]
     rng = np.random.default_rng([args.seed, zlib.crc32(field.image.encode("utf-8", "surrogatepass"))])
     shown = normalise_stain(image) if args.normalise_stain else image
     cutter = PatchCutter(shown, um_per_px, args.patch_um_per_px, args.patch_size)
@@ -236,11 +205,11 @@ def cut_field(field, annotations: pd.DataFrame, root: Path, partial: Path, args,
     if field.split == "train":
         cuts += [shifted(cutter, point, image.shape, args, rng) for point in mitoses for _ in range(args.shifts)]
     wanted = round(args.random_per_positive * len(cuts)) if field.split == "train" else args.random_per_field
-    cuts += [at_point(cutter, 0, "hard_negative", point) for point in look_alikes]
+    cuts += [at_point(cutter, 0, "hard_negative", point) for point in hard_negatives]
 
     points_px, _ = find_candidates(image, um_per_px, args.per_mm2)
     points_px = points_px[away_from(points_px, mitoses, args.exclude_um / um_per_px)]
-    points_px = points_px[away_from(points_px, look_alikes, args.same_um / um_per_px)]
+    points_px = points_px[away_from(points_px, hard_negatives, args.same_um / um_per_px)]
     points_px = rng.permutation(points_px)  # drawn before the search: stage 3 keeps stage 1's random negatives
     if network is not None and field.split == "train":
         with turn:  # one scan at a time: every core works on it, and one batch lies in memory
@@ -250,7 +219,7 @@ def cut_field(field, annotations: pd.DataFrame, root: Path, partial: Path, args,
         wanted += round(args.random_per_searched * searched.sum())
         points_px = points_px[~searched]
     cuts += negatives(cutter, points_px[:wanted], "random")
-    rows = [write_cut(cut, number, field, partial) for number, cut in enumerate(cuts)]
+    rows = [write_one(cut, number, field, partial) for number, cut in enumerate(cuts)]
     content = {
         "um_per_px": um_per_px,
         "um_per_px_source": source,
@@ -261,23 +230,27 @@ def cut_field(field, annotations: pd.DataFrame, root: Path, partial: Path, args,
     write_json(record, content)
 
 
-def at_point(cutter: PatchCutter, label: int, origin: str, point: np.ndarray) -> Cut:
-    return Cut(label, origin, point, cutter.place(point, point), np.nan, cutter.cut(point[None])[0])
+def at_point(cutter: PatchCutter, label: int, origin: str, point: np.ndarray) -> CutPatch:
+    return CutPatch(label, origin, point, cutter.place(point, point), np.nan, cutter.cut(point[None])[0])
 
 
-def shifted(cutter: PatchCutter, mitosis: np.ndarray, shape: tuple, args, rng: np.random.Generator) -> Cut:
+def shifted(cutter: PatchCutter, mitosis: np.ndarray, shape: tuple, args, rng: np.random.Generator) -> CutPatch:
     """A copy of a mitosis, moved and mostly turned."""
     move = rng.uniform(-1, 1, size=2) * args.shift_share * args.patch_size / cutter.scale
     angle = rng.choice([-1, 1]) * rng.uniform(60, 180) if rng.random() < args.turn_probability else 0.0
     centre = np.clip(mitosis + move, 0, np.array([shape[1], shape[0]]) - 1)
     patch = cutter.cut_turned(centre, angle)
-    return Cut(1, "shifted", centre, cutter.place(mitosis, centre, angle), np.nan, patch)
+    return CutPatch(1, "shifted", centre, cutter.place(mitosis, centre, angle), np.nan, patch)
 
 
-def negatives(cutter: PatchCutter, points_px: np.ndarray, origin: str, scores: np.ndarray | None = None) -> list[Cut]:
+def negatives(
+    cutter: PatchCutter, points_px: np.ndarray, origin: str, scores: np.ndarray | None = None
+) -> list[CutPatch]:
     scores = np.full(len(points_px), np.nan) if scores is None else scores
     patches = cutter.cut(points_px)
-    return [Cut(0, origin, *cut) for cut in zip(points_px, [NO_POINT] * len(patches), scores, patches, strict=True)]
+    return [
+        CutPatch(0, origin, *cut) for cut in zip(points_px, [NO_POINT] * len(patches), scores, patches, strict=True)
+    ]
 
 
 def away_from(points_px: np.ndarray, others_px: np.ndarray, radius_px: float) -> np.ndarray:
@@ -287,7 +260,7 @@ def away_from(points_px: np.ndarray, others_px: np.ndarray, radius_px: float) ->
     return cKDTree(others_px).query(points_px)[0] > radius_px
 
 
-def write_cut(cut: Cut, number: int, field, partial: Path) -> dict:
+def write_one(cut: CutPatch, number: int, field, partial: Path) -> dict:
     """Write one patch; its row of patches.csv."""
     name = f"{field.split}/{LABELS[cut.label]}/{file_name(field.image)}_{number:05d}_{cut.origin}.png"
     write_patch(partial / name, cut.patch)
@@ -306,10 +279,12 @@ def finish(out: Path, partial: Path, fields: pd.DataFrame, root: Path, skipped: 
     ]
     patches = pd.DataFrame([row for record in records for row in record["patches"]], columns=list(PATCHES))
     annotations = [row for record in records for row in record["annotations"]]
-    write_csv(partial / "patches.csv", patches)
+    write_table(partial / "patches.csv", patches, PATCHES)
     resolutions = {name: [record[name] for record in records] for name in ("um_per_px", "um_per_px_source")}
     write_csv(partial / "fields.csv", fields[list(FIELDS)].assign(**resolutions))
-    write_csv(partial / "annotations.csv", pd.DataFrame(annotations, columns=list(ANNOTATIONS)))
+    write_table(partial / "annotations.csv", pd.DataFrame(annotations, columns=list(ANNOTATIONS)), ANNOTATIONS)
+    data_root = str(root.resolve())
+    write_cut(partial, Cut(args.patch_size, args.patch_um_per_px, args.normalise_stain, data_root))
     counts = patches.groupby(["split", "label", "origin"]).size()
     outside = {image: record["outside"] for image, record in zip(fields["image"], records, strict=True)}
     record_run(
@@ -317,7 +292,7 @@ def finish(out: Path, partial: Path, fields: pd.DataFrame, root: Path, skipped: 
         args,
         inputs={root: len(fields) + len(skipped)} | ({args.model_path: 1} if args.fp_mdoel else {}),
         device=device,
-        data_root=str(root.resolve()),
+        data_root=data_root,
         fields=len(fields),
         patches={" ".join(map(str, key)): int(count) for key, count in counts.items()},
         skipped=skipped,
@@ -332,5 +307,4 @@ def finish(out: Path, partial: Path, fields: pd.DataFrame, root: Path, skipped: 
 
 
 if __name__ == "__main__":
-    args = build_parser().parse_args()
     run_script(main, args, out_folder(args))

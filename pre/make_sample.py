@@ -5,18 +5,40 @@ run.json and label_noise.csv (the labels that are wrong on purpose, with the tru
 Nothing in it is real tissue: it shows that the pipeline runs, not how well it does on patients.
 """
 
-import argparse
-import json
 import sys
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dasc.flags import Count, Range, Share, read_flags
+
+Number = Annotated[int, Range("a whole number from 0 to 10000", 0, 10_000)]
+
+# Edit here, or override one run with the flag of the same name.
+OUT = "data/sample"  # folder of the dataset; an earlier sample stays as OUT.previous, anything else is refused
+SEED: Annotated[int, Range("a whole number from 0 to 2^32", 0, 2**32)] = 0  # another seed draws other tissue; the same
+# seed gives the same files, whatever WORKERS is
+CASES: Annotated[int, Range("a whole number from 1 to 999", 1, 999)] = 10  # cases, numbered from 1, one field each; 7
+# and 8 are validation, 9 and 10 test
+SIZE_PX: Annotated[int, Range("a whole number from 256 to 10000", 256, 10_000)] = 1200  # width and height of a field in
+# px; time and disk grow with its square
+MITOSES: Number = 20  # mitoses drawn per field; more of them make training easier
+IMPOSTERS: Number = 28  # hard negatives drawn per field, which look like mitoses, and annotated as such
+LABEL_NOISE: Share = 0.05  # share of mitoses and of hard negatives whose label is wrong; 0 gives perfect labels
+WORKERS: Count = 2  # threads that draw fields; changes the time only
+
+if __name__ == "__main__":
+    args = read_flags(globals())  # before the slow imports: --help and a wrong flag answer at once
+
+import json
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import pandas as pd
 import tifffile
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dasc.data.synthetic import (
     HARD_NEGATIVE,
     MARGIN_UM,
@@ -30,17 +52,7 @@ from dasc.data.synthetic import (
 )
 from dasc.errors import InputError
 from dasc.files import replacing_folder, write_csv, write_json, write_text
-from dasc.run import positive, record_run, run_script
-
-# Edit here, or override one run with the flag of the same name.
-OUT = "data/sample"  # folder of the dataset; an earlier sample stays as OUT.previous, anything else is refused
-SEED = 0  # another seed draws other tissue; the same seed gives the same files, whatever WORKERS is
-CASES = 10  # cases, numbered from 1, one field each; 7 and 8 are val, 9 and 10 test
-SIZE_PX = 1200  # width and height of a field, pixels; time and disk grow with its square
-MITOSES = 20  # mitoses drawn per field; more of them make training easier
-IMPOSTERS = 28  # look-alikes drawn per field, annotated as hard negatives
-LABEL_NOISE = 0.05  # share, 0-1, of mitoses and of imposters whose label is wrong; 0 gives perfect labels
-WORKERS = 2  # threads that draw fields; changes the time only
+from dasc.run import record_run, run_script
 
 NAMES = {0: "neither", MITOSIS: "mitosis", HARD_NEGATIVE: "hard negative"}
 BOX_PX = 50  # MIDOG's boxes are 50 x 50 whatever the scanner
@@ -50,7 +62,7 @@ label_noise.csv lists the labels that are wrong on purpose; no stage reads it.
 """
 
 
-def draw_case(case: int, path: Path, args: argparse.Namespace) -> list[tuple[int, int, int, int]]:
+def draw_case(case: int, path: Path, args) -> list[tuple[int, int, int, int]]:
     """Write one field; return x, y, true and recorded label of everything that is or should be annotated."""
     rng = np.random.default_rng([args.seed, case])
     scanner = SCANNERS[2 if case % 10 == 0 else case % 2]
@@ -91,7 +103,7 @@ def draw_case(case: int, path: Path, args: argparse.Namespace) -> list[tuple[int
     return np.column_stack([centres, truth, recorded])[(truth > 0) | (recorded > 0)].tolist()
 
 
-def write_tables(folder: Path, found: list[list[tuple[int, int, int, int]]], args: argparse.Namespace) -> None:
+def write_tables(folder: Path, found: list[list[tuple[int, int, int, int]]], args) -> None:
     """Write MIDOG.json, label_noise.csv and README.txt; found: what draw_case returned for case 1, 2, ..."""
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "workers")}
     info = {"description": "synthetic, made by pre/make_sample.py, no real tissue", **settings}
@@ -135,26 +147,8 @@ def check_folder(out: Path) -> None:
             )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of this script's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=OUT, help="folder of the dataset; an earlier sample stays as OUT.previous")
-    parser.add_argument("--seed", type=int, default=SEED, help="another seed draws other tissue")
-    parser.add_argument("--cases", type=int, default=CASES, help="number of cases, one field each")
-    parser.add_argument("--size_px", type=int, default=SIZE_PX, help="width and height of a field, pixels")
-    parser.add_argument("--mitoses", type=int, default=MITOSES, help="mitoses drawn per field")
-    parser.add_argument("--imposters", type=int, default=IMPOSTERS, help="look-alikes drawn per field")
-    parser.add_argument("--label_noise", type=float, default=LABEL_NOISE, help="share of wrong labels, 0-1")
-    parser.add_argument("--workers", type=positive, default=WORKERS, help="threads that draw fields")
-    return parser
-
-
-def main(args: argparse.Namespace) -> None:
+def main(args) -> None:
     """Draw the dataset beside --out and put it there when it is whole."""
-    limits = {"seed": (0, 2**32), "cases": (1, 999), "size_px": (256, 10000), "label_noise": (0, 1)}
-    for name, (low, high) in {**limits, "mitoses": (0, 10000), "imposters": (0, 10000)}.items():
-        if not low <= getattr(args, name) <= high:
-            raise InputError(f"--{name} {getattr(args, name)}: expected {low} to {high}")
     out = Path(args.out).resolve()
     check_folder(out)
     with replacing_folder(out, "MIDOG.json") as fresh:
@@ -169,4 +163,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, build_parser().parse_args())
+    run_script(main, args)

@@ -1,16 +1,37 @@
 """Before stage 2, in place of stage 1: labelled patches, or a share of them, as a manifest split by slide.
 
 Reads a folder of patches whose label and slide stand in their names (pos_A00044_5282-12339.png), or a patches.csv.
-Writes OUT: {train,val,test}/{mitosis,negative}/*.png, patches.csv and run.json; of a patches.csv its fields.csv and
-annotations.csv too. Label 1, elsewhere called mitosis, is whatever pos_ stands for.
+Writes OUT: {train,val,test}/{mitosis,negative}/*.png, patches.csv, cut.json and run.json; of a patches.csv its
+fields.csv and annotations.csv too. Label 1, elsewhere called mitosis, is whatever pos_ stands for.
 """
 
-import argparse
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dasc.flags import Amount, Count, SomeShare, read_flags
+
+# Edit here, or override one run with the flag of the same name.
+LABELLED = "data/hard_labeled_dataset"  # folder of named patches, or a patches.csv, which keeps its own split
+OUT = "data/patches_weak"  # folder to write
+VAL = ""  # slides for validation, A,B; with TEST empty too: drawn
+TEST = ""  # slides for the test; empty: drawn, or none where VAL is set
+FOLDS: Count = 5  # of how many parts of the slides validation is one and the test one, where they are drawn
+PATCH_SIZE: Count = 224  # side of the patches written, in px; named patches are brought to it
+PATCH_UM_PER_PX: Amount = (
+    0.0  # resolution of the patches written; 0: unknown, then no image can be scanned by the model
+)
+TRAIN_SHARE: SomeShare = 1.0  # share of the training patches that stays: what if fewer had been annotated
+SHARE_OF: Literal["all", "positives"] = "all"  # all: of both labels; positives: every negative stays
+SEED = 0  # of the slides and the share
+WORKERS: Count = 2  # threads that read and write patches
+
+if __name__ == "__main__":
+    args = read_flags(globals())  # before the slow imports: --help and a wrong flag answer at once
+
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -18,49 +39,15 @@ from tqdm import tqdm
 
 from dasc.data.patches import copy_patches, write_patch
 from dasc.data.splits import draw_share, draw_slides, parse_cases
-from dasc.data.tables import LABELS, PATCHES, SPLITS, read_patches
+from dasc.data.tables import LABELS, PATCHES, SPLITS, Cut, read_patches, write_cut, write_table
 from dasc.errors import InputError
-from dasc.files import check_replaceable, replacing_folder, write_csv
+from dasc.files import check_replaceable, replacing_folder
 from dasc.images.read import read_field
-from dasc.run import positive, record_run, run_script
+from dasc.run import record_run, run_script
 from dasc.weak.named import FORM, labelled_images, read_square
 
-# Edit here, or override one run with the flag of the same name.
-LABELLED = "data/hard_labeled_dataset"  # folder of named patches, or a patches.csv, which keeps its own split
-OUT = "data/patches_weak"  # folder to write
-VAL = ""  # slides for validation, A,B; with TEST empty too: drawn
-TEST = ""  # slides for the test
-FOLDS = 5  # of how many parts of the slides val is one and the test one, where they are drawn
-PATCH_SIZE = 224  # side of the patches written, in px; named patches are brought to it
-PATCH_UM_PER_PX = 0.0  # resolution of the patches written; 0: unknown, and then no image can be scanned with the model
-TRAIN_SHARE = 1.0  # share of the training patches that stays, above 0: what if fewer had been annotated
-SHARE_OF = "all"  # all: of both labels; positives: every negative stays
-SEED = 0  # of the slides and the share
-WORKERS = 2  # threads that read and write patches
 
-
-def build_parser() -> argparse.ArgumentParser:
-    """Flags: the constants above in lower case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--labelled", default=LABELLED, help="folder of named patches, or a patches.csv")
-    parser.add_argument("--out", default=OUT, help="folder to write")
-    parser.add_argument("--val", default=VAL, help="slides for validation, A,B (default: drawn)")
-    parser.add_argument(
-        "--test", default=TEST, help="slides for the test, A,B (default: drawn; none where --val is set)"
-    )
-    parser.add_argument("--folds", type=int, default=FOLDS, help="parts of the slides; val is one, the test one")
-    parser.add_argument("--patch_size", type=positive, default=PATCH_SIZE, help="side of the patches written, in px")
-    parser.add_argument("--patch_um_per_px", type=float, default=PATCH_UM_PER_PX, help="their resolution; 0: unknown")
-    parser.add_argument("--train_share", type=float, default=TRAIN_SHARE, help="share of the training patches")
-    parser.add_argument("--share_of", default=SHARE_OF, choices=("all", "positives"), help="what the share is of")
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--workers", type=positive, default=WORKERS, help="threads that read and write patches")
-    return parser
-
-
-def main(args: argparse.Namespace) -> int:
-    if not 0 < args.train_share <= 1:
-        raise InputError(f"--train_share {args.train_share}: expected above 0, to 1")
+def main(args) -> int:
     out, labelled = Path(args.out), Path(args.labelled)
     if not labelled.exists():
         raise InputError(f"{labelled}: not there; expected a folder of patches called {FORM}, or a patches.csv")
@@ -77,8 +64,9 @@ def main(args: argparse.Namespace) -> int:
         if labelled.is_dir():
             write_named(table, partial, args)
         else:
-            copy_cut(table, labelled.parent, partial, args)
-        write_csv(partial / "patches.csv", table[list(PATCHES)])
+            copy_patches(labelled.parent, partial, table["patch"])
+        write_table(partial / "patches.csv", table, PATCHES)
+        record_run(partial, args, inputs={args.labelled: len(table)}, patches=len(table))
     counts = table.groupby(["split", "label"]).size().rename("patches")
     print(counts.to_string())
     slides = ", ".join(f"{table.loc[table['split'] == split, 'case'].nunique()} in {split}" for split in SPLITS)
@@ -86,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def named_patches(folder: Path, args: argparse.Namespace) -> pd.DataFrame:
+def named_patches(folder: Path, args) -> pd.DataFrame:
     """Rows of patches.csv for a folder of named patches, with the column path beside."""
     found = labelled_images(folder)
     cases = found["case"].to_numpy()
@@ -103,9 +91,9 @@ def named_patches(folder: Path, args: argparse.Namespace) -> pd.DataFrame:
         for label, word in LABELS.items():
             if not ((found["split"] == split) & (found["label"] == label)).any():
                 per_slide = found.groupby("case")["label"].agg(["sum", "size"])
-                held = ", ".join(f"{slide} {row['sum']} of {row['size']}" for slide, row in per_slide[:12].iterrows())
+                counts = ", ".join(f"{slide} {row['sum']} of {row['size']}" for slide, row in per_slide[:12].iterrows())
                 raise InputError(
-                    f"{folder}: split {split} has no {word} patch (label {label}); positives per slide: {held}; "
+                    f"{folder}: split {split} has no {word} patch (label {label}); positives per slide: {counts}; "
                     "name --val and --test so that training and val have both"
                 )
     names = [f"{row.split}/{LABELS[row.label]}/{row.path.stem}.png" for row in found.itertuples()]
@@ -116,7 +104,7 @@ def named_patches(folder: Path, args: argparse.Namespace) -> pd.DataFrame:
     return found.assign(patch=names, image=cases, origin="annotated", **unknown_place)
 
 
-def write_named(table: pd.DataFrame, partial: Path, args: argparse.Namespace) -> None:
+def write_named(table: pd.DataFrame, partial: Path, args) -> None:
     """Write the patches at --patch_size, all from files of one size."""
     source_px = read_field(table["path"].iloc[0]).shape[0]
 
@@ -125,16 +113,8 @@ def write_named(table: pd.DataFrame, partial: Path, args: argparse.Namespace) ->
 
     with ThreadPoolExecutor(max(1, args.workers)) as pool:
         list(tqdm(pool.map(write, table.itertuples()), "patches", len(table)))
-    cut = argparse.Namespace(**vars(args), source_px=source_px, normalise_stain=False)
-    record_run(partial, cut, inputs={args.labelled: len(table)}, data_root=None, patches=len(table))
-
-
-def copy_cut(table: pd.DataFrame, folder: Path, partial: Path, args: argparse.Namespace) -> None:
-    """Copy the patches that stay, and how they were cut."""
-    copy_patches(folder, partial, table["patch"])
-    # OUT/run.json says how the patches were cut
-    record_run(partial / "split_patches", args, inputs={args.labelled: len(table)}, patches=len(table))
+    write_cut(partial, Cut(args.patch_size, args.patch_um_per_px or None, False, None, source_px))
 
 
 if __name__ == "__main__":
-    run_script(main, build_parser().parse_args())
+    run_script(main, args)

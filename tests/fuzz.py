@@ -57,14 +57,13 @@ from fuzz_inputs import (
 import dasc.images.slides
 from dasc.data.datasets import read_dataset
 from dasc.data.patches import load_patches
-from dasc.data.tables import read_cut_fields, read_patches
+from dasc.data.tables import read_checked, read_cut_fields, read_hard, read_memory, read_patches, read_scl
 from dasc.detect.image import look_over
 from dasc.detect.resume import SavedScan
 from dasc.errors import InputError
 from dasc.images.read import find_images, read_field, read_um_per_px
-from dasc.model.checkpoint import load_backbone_weights
-from dasc.model.difficulty import read_checked, read_hard, read_memory, read_scl
-from dasc.model.network import SearchNetwork
+from dasc.model.checkpoint import load_initial_weights
+from dasc.model.network import CamNetwork
 from dasc.weak.pool import read_pool
 
 LIMIT_S = 30  # for one input
@@ -154,9 +153,9 @@ def tables_of_difficulty(folder: Path) -> None:
     refused = None
     for read in (
         lambda: read_memory(folder / "memory.csv"),
-        lambda: read_hard(folder / "hard.csv", 3),
+        lambda: read_hard(folder / "hard.csv"),
         lambda: read_checked(folder / "checked.csv"),
-        lambda: read_scl(folder / "SCL.csv", 3),
+        lambda: read_scl(folder / "SCL.csv"),
         lambda: run(
             "clus_scl.py", *[x for name in ("memory", "hard", "checked") for x in (f"--{name}", f"{name}.csv")]
         ),
@@ -195,7 +194,7 @@ KINDS = {
     "patches.csv": Kind(cut_folders, only("patches.csv"), change_text, read_cut),
     "patches": Kind(cut_folders, ending(".png"), change_png, read_cut),
     "fields.csv": Kind(cut_folders, ending("fields.csv", "annotations.csv"), change_text, read_cut),
-    "run.json": Kind(cut_folders, only("run.json"), change_json, read_cut),
+    "cut.json": Kind(cut_folders, only("cut.json"), change_json, read_cut),
     "memory, hard, checked, SCL": Kind(difficulty_tables, ending(".csv"), change_text, tables_of_difficulty),
     "scan.json": Kind(
         scans,
@@ -208,7 +207,7 @@ KINDS = {
         backbones,
         only("weights.pt"),
         change_checkpoint,
-        lambda folder: load_backbone_weights(SearchNetwork(BACKBONE, 16), folder / "weights.pt"),
+        lambda folder: load_initial_weights(CamNetwork(BACKBONE, 16), folder / "weights.pt"),
     ),
 }
 

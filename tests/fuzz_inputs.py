@@ -15,9 +15,8 @@ import tifffile
 import torch
 from PIL import Image
 
-from dasc.data.tables import PATCHES
-from dasc.model.difficulty import CHECKED_COLUMNS, HARD_COLUMNS, MEMORY_COLUMNS, SCL_COLUMNS
-from dasc.model.network import SearchNetwork
+from dasc.data.tables import CHECKED, HARD, MEMORY, PATCHES, SCL
+from dasc.model.network import CamNetwork
 
 BACKBONE = "mobilenetv3_small_050"
 
@@ -303,11 +302,11 @@ def cut_folders() -> list[Files]:
         name = f"{split}/{('negative', 'mitosis')[label]}/{number}.png"
         rows.append([name, "a", "041", split, label, "random", 10.5, 20, *([16, 16] if label else ["", ""]), ""])
     patch = cv2.imencode(".png", picture(32, 32))[1].tobytes()
-    run = {"data_root": "data", "arguments": {"patch_um_per_px": 0.25, "normalise_stain": True}}
+    cut = {"patch_size": 32, "um_per_px": 0.25, "normalise_stain": True, "data_root": "data", "source_px": None}
     base = tables()[0]
     files = {
         "patches.csv": table(PATCHES, *rows),
-        "run.json": json.dumps(run).encode(),
+        "cut.json": json.dumps(cut).encode(),
         **{row[0]: patch for row in rows},
     }
     return [files | {name: base[name] for name in ("fields.csv", "annotations.csv")}]
@@ -317,12 +316,14 @@ def difficulty_tables() -> list[Files]:
     rows = [(f"{number}.png", number % 2) for number in range(6)]
     return [
         {
-            "memory.csv": table(MEMORY_COLUMNS, *[[*row, 3, 2, 1, 4, 2, 0.5, 0.25] for row in rows]),
-            "hard.csv": table(
-                HARD_COLUMNS, *[[*row, *(("hard", 1), ("clean", ""))[row[1]], 0.3, 0.5, 0.25] for row in rows]
+            "memory.csv": table(
+                MEMORY, *[[*row, "random", 3, 2, 1, 4, 2, 0.6, 0.6, 0.6, 0.5, 0.25] for row in rows]
             ),
-            "checked.csv": table(CHECKED_COLUMNS, *[[*row, 1, 4, 3, 1] for row in rows if not row[1]]),
-            "SCL.csv": table(SCL_COLUMNS, *[[*row, 1 + 2 * row[1]] for row in rows]),
+            "hard.csv": table(
+                HARD, *[[*row, *(("hard", 1, 2 / 3), ("clean", "", 0))[row[1]], 0.3, 0.5, 0.25] for row in rows]
+            ),
+            "checked.csv": table(CHECKED, *[[*row, 1, 4, 3] for row in rows if not row[1]]),
+            "SCL.csv": table(SCL, *[[*row, *((1, 2 / 3), (3, 0))[row[1]]] for row in rows]),
         }
     ]
 
@@ -338,10 +339,11 @@ def scans() -> list[Files]:
 
 def checkpoints() -> list[Files]:
     torch.manual_seed(0)
-    network = SearchNetwork(BACKBONE, 16)
+    network = CamNetwork(BACKBONE, 16)
     curve = {"threshold": [0.2, 0.5], "precision": [0.5, 0.8], "recall": [0.9, 0.4], "f1": [0.6, 0.5]}
     config = {"backbone": BACKBONE, "stride": 16, "patch_size": 32, "um_per_px": 0.25, "normalise_stain": True}
     config |= {"classes": ["negative", "mitosis"], "threshold": 0.3, "manifest_sha256": "ab", "temperature": 1.5}
+    config |= {"network": "cam", "per_mm2": 3000.0, "merge_um": 7.5, "views": 8, "alignment": None}
     file = io.BytesIO()
     torch.save({"model": network.state_dict(), "config": config | {"offset": -1.0, "val_curve": curve}}, file)
     return [{"model.pt": file.getvalue(), "a.png": PNG}]
@@ -349,5 +351,5 @@ def checkpoints() -> list[Files]:
 
 def backbones() -> list[Files]:
     file = io.BytesIO()
-    torch.save(SearchNetwork(BACKBONE, 16).backbone.state_dict(), file)
+    torch.save(CamNetwork(BACKBONE, 16).backbone.state_dict(), file)
     return [{"weights.pt": file.getvalue()}]

@@ -32,11 +32,11 @@ LIGHTER = {  # the README's commands, so that they end in seconds
     "pre/make_sample.py": ["--size_px", 500, "--mitoses", 4, "--imposters", 4],
     "pre/cut_patch_2.py": ["--patch_size", 64, "--search_above", 0.2],
     "NS/sigle.py": [*LIGHT, "--epochs", 2],
-    "DMU/main.py": [*LIGHT, "--epochs", 3, "--count_after", 1, "--warmup", 0],
+    "DMU/main.py": [*LIGHT, "--epochs", 3],
     "clus_hard.py": [],
-    "DMU/hard_main.py": [*LIGHT, "--epochs", 2, "--seen_after", 0],
+    "DMU/hard_main.py": [*LIGHT, "--epochs", 2],
     "clus_scl.py": [],
-    "DMU/hard_scl_main.py": [*LIGHT, "--epochs", 2, "--warmup", 1, "--subclasses", 2],
+    "DMU/hard_scl_main.py": [*LIGHT, "--epochs", 2, "--contrast_labels_share", 0.5, "--subclasses", 2],
     "predict.py": ["--device", "cpu"],
 }
 
@@ -89,15 +89,17 @@ def fails(script: str, *flags: object, says: str) -> Done:
     return done
 
 
+def marked_commands(name: str, path: Path = ROOT / "README.md") -> list[str]:
+    """The commands between `<!-- commands: NAME -->` and `<!-- end -->`, in their order, without `python `."""
+    section = path.read_text(encoding="utf-8").split(f"<!-- commands: {name} -->")[1].split("<!-- end -->")[0]
+    section = re.sub(r"\\\n\s*", "", section)  # a command that goes on in the next line
+    return [found.strip() for found in re.findall(r"(?:^|`)python ([^`\n]+)", section, flags=re.MULTILINE)]
+
+
 def readme_commands() -> list[tuple[str, str, list[object]]]:
-    """Stage 0, the README's nine commands and the two lines below them: as typed, the script, its flags lightened."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme[readme.index("## The stages") : readme.index("ImageNet weights come")]
-    table = [row for row in section.splitlines() if row.startswith("| ")]
-    staged = [found for row in table for found in re.findall(r"`python ([^`]+)`", row)]
-    after = re.findall(r"^python (.+)$", section, flags=re.MULTILINE)
+    """The README's stages, the sample before them and the shorter way: as typed, the script, its flags lightened."""
     commands = []
-    for typed in ["pre/make_sample.py", *staged, *after]:
-        script, *flags = shlex.split(typed)
+    for typed in marked_commands("stages"):
+        script, *flags = shlex.split(typed, comments=True)
         commands.append((typed, script, [*flags, *LIGHTER[script]]))
     return commands

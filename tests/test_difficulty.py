@@ -1,19 +1,10 @@
-"""Verdicts one by one, levels of clear clusters and every fallback, and tables that do not belong together."""
+"""Verdicts one by one, levels of clear clusters and every fallback, hardness."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from dasc.errors import InputError
-from dasc.model.difficulty import (
-    difficulty_levels,
-    forget_rate,
-    join_by_patch,
-    read_hard,
-    read_memory,
-    validated,
-    verdicts,
-)
+from dasc.model.difficulty import difficulty_levels, forget_rate, hardness, validated, verdicts
 
 COUNTS = ["clean", "hard", "noisy", "learned", "forgotten"]
 # counts of 10 epochs -> verdict by the paper's rule, verdict when noisy asks for more than half of the epochs
@@ -140,84 +131,6 @@ def test_validated():
     assert validated(seen, correct, 0.4).tolist() == [True, True, True, True]
 
 
-def write(path, rows, columns):
-    pd.DataFrame(rows, columns=columns).to_csv(path, index=False)
-    return path
-
-
-MEMORY = ["patch", "label", *COUNTS, "centroid_distance", "noise_score"]
-GOOD = ["a.png", 1, 5, 3, 2, 6, 4, 0.5, 0.1]
-
-
-@pytest.mark.parametrize(
-    ("column", "value", "says"),
-    [
-        ("label", 2, "label 2"),
-        ("clean", -1, "clean is -1"),
-        ("noise_score", "", "noise_score is nan"),
-        ("centroid_distance", "inf", "centroid_distance is 'inf'"),
-        ("hard", "many", "hard is 'many'"),
-    ],
-)
-def test_bad_cell_is_named_with_its_row(tmp_path, column, value, says):
-    bad = ["b.png", *GOOD[1:]]
-    bad[MEMORY.index(column)] = value
-    with pytest.raises(InputError, match=says):
-        read_memory(write(tmp_path / "memory.csv", [GOOD, bad], MEMORY))
-
-
-def test_single_epoch_is_said(tmp_path):
-    uncounted = ["b.png", 1, 0, 0, 0, 0, 0, 0.5, 0.1]
-    path = write(tmp_path / "memory.csv", [GOOD, uncounted], MEMORY)
-    with pytest.raises(InputError, match=r"1 of 2 patches have no counted epoch.*COUNT_AFTER"):
-        read_memory(path)
-
-
-def test_patch_twice(tmp_path):
-    with pytest.raises(InputError, match="twice"):
-        read_memory(write(tmp_path / "memory.csv", [GOOD, GOOD], MEMORY))
-
-
-HARD = ["patch", "label", "verdict", "level", "forget_rate", "centroid_distance", "noise_score"]
-
-
-@pytest.mark.parametrize(
-    ("verdict", "level", "says"),
-    [
-        ("hrad", "", "verdict 'hrad'"),
-        ("hard", "", "expected 0 to 2"),
-        ("hard", 3, "LEVELS must be the same"),
-        ("hard", 0.5, "level 0.5"),
-        ("clean", 1, "expected none"),
-    ],
-)
-def test_verdict_and_level_must_agree(tmp_path, verdict, level, says):
-    path = write(tmp_path / "hard.csv", [["a", 1, verdict, level, 0.1, 0.1, 0.1]], HARD)
-    with pytest.raises(InputError, match=says):
-        read_hard(path, 3)
-
-
-def test_join_keeps_the_order_of_the_first_and_never_goes_by_row():
-    left = pd.DataFrame({"patch": ["a", "b", "c"], "label": [0, 1, 0]})
-    right = pd.DataFrame({"patch": ["c", "a", "b"], "label": [0, 0, 1], "level": [2, 0, 1]})
-    joined = join_by_patch(left, right, "l.csv", "r.csv")
-    assert joined.to_dict("list") == {"patch": ["a", "b", "c"], "label": [0, 1, 0], "level": [0, 1, 2]}
-
-
-def test_join_refuses_tables_of_different_runs():
-    left = pd.DataFrame({"patch": ["a", "b"], "label": [0, 1]})
-    with pytest.raises(InputError, match=r"r.csv: lacks 1 of the 2 patches of l.csv.*first: b"):
-        join_by_patch(left, left[:1], "l.csv", "r.csv")
-    with pytest.raises(InputError, match=r"l.csv: lacks 1 of the 2 patches of r.csv.*first: b"):
-        join_by_patch(left[:1], left, "l.csv", "r.csv")
-    with pytest.raises(InputError, match=r"r.csv: patch b has label 0, l.csv has 1"):
-        join_by_patch(left, left.assign(label=0), "l.csv", "r.csv")
-
-
-def test_join_of_empty_tables():
-    empty = pd.DataFrame({"patch": [], "label": []})
-    assert join_by_patch(empty, empty.assign(level=[]), "l.csv", "r.csv").columns.tolist() == [
-        "patch",
-        "label",
-        "level",
-    ]
+def test_hardness_rises_from_clean_to_the_hardest_level():
+    found = hardness(["clean", "hard", "hard", "noisy", "dropped"], [np.nan, 0, 2, np.nan, np.nan], 3)
+    assert found[:3].tolist() == [0, 1 / 3, 1] and np.isnan(found[3:]).all()

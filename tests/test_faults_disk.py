@@ -46,10 +46,11 @@ def tables(small_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tables")
     train = pd.read_csv(small_run / "patches/patches.csv").query("split == 'train'")[["patch", "label"]]
     counts = {"clean": 5, "hard": 0, "noisy": 0, "learned": 5, "forgotten": 0, "centroid_distance": 0.5}
-    train.assign(**counts, noise_score=0.1).to_csv(folder / "memory.csv", index=False)
-    verdict = {"verdict": "clean", "level": "", "forget_rate": 0.0, "centroid_distance": 0.5, "noise_score": 0.1}
+    counts |= {f"confidence_{view}": 0.5 for view in ("weak", "strong", "fused")}
+    train.assign(**counts, origin="annotated", noise_score=0.1).to_csv(folder / "memory.csv", index=False)
+    verdict = {"verdict": "clean", "level": "", "hardness": 0, "forget_rate": 0.0, "centroid_distance": 0.5, "noise_score": 0.1}
     train.assign(**verdict).to_csv(folder / "hard.csv", index=False)
-    (folder / "checked.csv").write_text("patch,label,level,seen,correct,kept\n")
+    (folder / "checked.csv").write_text("patch,label,level,seen,correct\n")
     return folder
 
 
@@ -63,7 +64,7 @@ def commands(small_run, tables):
         "pre/cut_patch_2.py": ["--data_root", small_run / "sample", "--patch_size", 64, "--random_per_field", 40],
         "pre/split_patches.py": ["--labelled", patches],
         "NS/sigle.py": [*LIGHT, "--manifest", patches, "--epochs", 1],
-        "DMU/main.py": [*LIGHT, "--manifest", patches, "--epochs", 2, "--count_after", 0],
+        "DMU/main.py": [*LIGHT, "--manifest", patches, "--epochs", 2],
         "clus_hard.py": ["--memory", tables / "memory.csv", "--manifest", patches],
         "clus_scl.py": [f"--{name}={tables / name}.csv" for name in ("memory", "hard", "checked")],
         "predict.py": ["--images", image, "--model_path", small_run / "NS/model.pt", "--device", "cpu", "--views", 1],

@@ -189,7 +189,7 @@ def test_no_jpeg2000_reaches_opencv(images, small_run, tmp_path, monkeypatch):
     first = table.loc[table["split"] == "train", "patch"].iloc[1]
     (folder / first).write_bytes((images[0] / "jpeg2000.png").read_bytes())
     table.to_csv(folder / "patches.csv", index=False)
-    (folder / "run.json").write_bytes((small_run / "patches/run.json").read_bytes())
+    (folder / "cut.json").write_bytes((small_run / "patches/cut.json").read_bytes())
     done = call("DMU/main.py", "--manifest", folder / "patches.csv", "--out", tmp_path / "out", "--device", "cpu")
     assert done.status == 1 and f"{first}: cannot be read: not a TIFF, PNG, JPEG or BMP image" in done.err
     assert seen and all(start.startswith(b"\x89PNG") for start in seen)

@@ -115,7 +115,7 @@ def test_a_path_that_leaves_its_folder_is_refused(small_run, tmp_path, path):
         ("fields.csv", "path", ["NS/sigle.py", "--manifest"]),
     ):
         (tmp_path / "patches").mkdir(exist_ok=True)
-        for file in ("patches.csv", "fields.csv", "annotations.csv", "run.json"):
+        for file in ("patches.csv", "fields.csv", "annotations.csv", "cut.json"):
             shutil.copy(small_run / "patches" / file, tmp_path / "patches")
         changed = pd.read_csv(tmp_path / "patches" / name, dtype=str, keep_default_na=False)
         changed.loc[1, column] = path

@@ -20,9 +20,9 @@ from dasc.model.checkpoint import read_checkpoint
 
 SCRIPTS = {
     "NS/sigle.py": ["--epochs", 1, "--views", 1],
-    "DMU/main.py": ["--epochs", 2, "--count_after", 0, "--warmup", 0],
-    "DMU/hard_main.py": ["--hard", "hard.csv", "--epochs", 1, "--seen_after", 0],
-    "DMU/hard_scl_main.py": ["--scl", "SCL.csv", "--epochs", 2, "--warmup", 1, "--views", 1, "--per_group", 1],
+    "DMU/main.py": ["--epochs", 2, "--warmup_share", 0],
+    "DMU/hard_main.py": ["--hard", "hard.csv", "--epochs", 1],
+    "DMU/hard_scl_main.py": ["--scl", "SCL.csv", "--epochs", 2, "--contrast_labels_share", 0.5, "--views", 1, "--per_group", 1],
 }
 
 
@@ -39,10 +39,11 @@ def few(small_run, tmp_path_factory):
     for name in ("fields.csv", "annotations.csv"):
         lines = (small_run / "patches" / name).read_text().splitlines(keepends=True)
         (folder / name).write_text(lines[0])
-    shutil.copy(small_run / "patches/run.json", folder)
+    shutil.copy(small_run / "patches/cut.json", folder)
     train = table.loc[table["split"] == "train", ["patch", "label"]]
-    train.assign(level=[number % 4 for number in range(len(train))]).to_csv(folder / "SCL.csv", index=False)
-    hard = train.assign(verdict="hard", level=[number % 3 for number in range(len(train))])
+    level = np.arange(len(train)) % 4
+    train.assign(level=level, hardness=(level + 1) / 3 * (level < 3)).to_csv(folder / "SCL.csv", index=False)
+    hard = train.assign(verdict="hard", level=np.arange(len(train)) % 3, hardness=(np.arange(len(train)) % 3 + 1) / 3)
     hard = hard.assign(forget_rate=0.5, centroid_distance=0.5, noise_score=0.5)
     hard.to_csv(folder / "hard.csv", index=False)
     return folder

@@ -1,4 +1,4 @@
-"""The house keeps its rules: flags equal constants, imports point one way, the README names what exists."""
+"""The house keeps its rules: constants are flags, imports point one way, scripts are short, names exist."""
 
 import ast
 import importlib.util
@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from dasc.flags import build_parser, settings
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [
     path
     for pattern in ("*.py", "pre/*.py", "NS/*.py", "DMU/*.py")
     for path in sorted(ROOT.glob(pattern))
-    if "build_parser" in path.read_text(encoding="utf-8")
+    if "read_flags" in path.read_text(encoding="utf-8")
 ]
 
 
@@ -24,6 +26,10 @@ def load(path: Path):
     sys.path.insert(0, str(ROOT))
     spec.loader.exec_module(module)
     return module
+
+
+def parser_of(path: Path):
+    return build_parser(vars(load(path)))
 
 
 def imports(path: Path) -> set[str]:
@@ -44,31 +50,40 @@ def test_every_stage_script_is_found():
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_flags_are_the_constants(path):
-    script = load(path)
-    for flag, value in vars(script.build_parser().parse_args([])).items():
-        assert value == getattr(script, flag.upper()), flag
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_constants_that_flags_leave_out_are_used(path):
-    """A constant for editing at the top has a flag of its name."""
+    """Every constant of the block is a flag with its default, and its comment is the help."""
     script = load(path)
     text = path.read_text(encoding="utf-8")
     block = text[text.index("# Edit here") :].split("\n\n")[0]
-    constants = re.findall(r"^([A-Z][A-Z0-9_]*) = ", block, flags=re.MULTILINE)
-    flags = vars(script.build_parser().parse_args([]))
-    assert constants and [name for name in constants if name.lower() not in flags] == []
+    constants = re.findall(r"^([A-Z][A-Z0-9_]*)(?:: [^=]+)? = ", block, flags=re.MULTILINE)
+    flags = vars(build_parser(vars(script)).parse_args([]))
+    assert constants and list(flags) == [name.lower() for name in constants]
+    assert flags == {name.lower(): getattr(script, name) for name in constants}
+    help_text = " ".join(build_parser(vars(script)).format_help().split())
+    for name, _, comment in settings(text):
+        assert comment, f"{name} has no comment"
+        assert f"{' '.join(comment.split())} (default: " in help_text.replace("- ", "-") or comment in help_text
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_counts_are_whole_numbers_of_one_or_more(path, capsys):
-    parser = load(path).build_parser()
-    counts = {"epochs", "batch_size", "workers", "patch_size", "k", "levels", "subclasses", "cluster_every"}
+    parser = parser_of(path)
+    counts = {"epochs", "batch_size", "workers", "patch_size", "k", "levels", "subclasses"}
     for flag in counts & vars(parser.parse_args([])).keys():
         for text in ("0", "-1", "1.5", "many"):
             with pytest.raises(SystemExit) as left:
                 parser.parse_args([f"--{flag}={text}"])
             assert left.value.code != 0 and f"argument --{flag}: expected a whole number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_short(path):
+    """A reader follows `main` on one screen."""
+    functions = {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert functions["main"] <= 45
 
 
 def test_no_script_imports_a_script():
@@ -83,7 +98,7 @@ def test_no_script_imports_a_script():
         assert not {name.split(".")[0] for name in imports(path)} & scripts, path
 
 
-ROOMS = ["errors", "files", "run", "images", "judge", "data", "model", "detect", "report", "weak"]
+ROOMS = ["errors", "files", "flags", "run", "images", "judge", "data", "model", "detect", "report", "weak"]
 
 
 def room_of(module: str) -> str:
@@ -133,14 +148,3 @@ def test_readme_names_only_what_exists():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"python ([\w/]+\.py)", readme))
     assert named and not {name for name in named if not (ROOT / name).is_file()}
-
-
-@pytest.mark.parametrize(("text", "value"), [([], False), (["--fp_mdoel"], True), (["--fp_mdoel", "False"], False)])
-def test_fp_mdoel_reads_its_text(text, value):
-    assert load(ROOT / "pre/cut_patch_2.py").build_parser().parse_args(text).fp_mdoel is value
-
-
-def test_fp_mdoel_refuses_anything_else(capsys):
-    with pytest.raises(SystemExit):
-        load(ROOT / "pre/cut_patch_2.py").build_parser().parse_args(["--fp_mdoel", "yes"])
-    assert "expected True or False" in capsys.readouterr().err

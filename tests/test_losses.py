@@ -106,14 +106,14 @@ def test_generalised_cross_entropy():
     assert torch.isfinite(logits.grad).all()
 
 
-def test_graded_cross_entropy_picks_the_loss_by_level():
+def test_graded_cross_entropy_picks_the_loss_by_hardness():
     logits, labels = torch.tensor([[1.0, -1.0]] * 3), torch.tensor([1, 1, 1])
-    for level, expected in (
-        (3, F.cross_entropy(logits, labels)),
-        (1, F.cross_entropy(logits, labels, label_smoothing=0.1)),
-        (2, generalised_cross_entropy(logits, labels, 0.7).mean()),
+    for hardness, expected in (
+        (0, F.cross_entropy(logits, labels)),
+        (2 / 3, F.cross_entropy(logits, labels, label_smoothing=0.1)),
+        (1, generalised_cross_entropy(logits, labels, 0.7).mean()),
     ):
-        graded = graded_cross_entropy(logits, labels, torch.full((3,), level), 2, 3, 0.1, 0.7)
+        graded = graded_cross_entropy(logits, labels, torch.full((3,), hardness), 0.1, 0.7)
         assert graded.item() == pytest.approx(expected.item(), rel=1e-6)
 
 

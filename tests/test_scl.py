@@ -3,14 +3,15 @@
 import json
 import shutil
 
+import cv2
 import pandas as pd
 import pytest
 import torch
-from pipeline import LIGHT, fails, succeed
+from pipeline import LIGHT, call, fails, succeed
 
-from dasc.model.checkpoint import load_network, read_checkpoint
+from dasc.model.checkpoint import load_detector, read_tensors
 
-SHORT = ["--epochs", 4, "--warmup", 1, "--cluster_every", 2, "--subclasses", 2, "--views", 1]
+SHORT = ["--epochs", 4, "--contrast_labels_share", 0.25, "--cluster_every_share", 0.5, "--subclasses", 2, "--views", 1]
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,8 @@ def scl(small_run, tmp_path_factory):
     train = patches.loc[patches["split"] == "train", ["patch", "label"]]
     kept = train[[index % 7 > 0 for index in range(len(train))]].sample(frac=1, random_state=0)
     path = tmp_path_factory.mktemp("scl") / "SCL.csv"
-    kept.assign(level=[3 if index % 3 else index % 4 % 3 for index in range(len(kept))]).to_csv(path, index=False)
+    kept["level"] = [3 if index % 3 else index % 4 % 3 for index in range(len(kept))]
+    kept.assign(hardness=(kept["level"] + 1) / 3 * (kept["level"] < 3)).to_csv(path, index=False)
     return path
 
 
@@ -44,11 +46,16 @@ def test_outputs(small_run, scl, finished):
     kept, found = pd.read_csv(scl), pd.read_csv(finished / "subclasses.csv")
     pd.testing.assert_frame_equal(found[["patch", "label", "level"]], kept.reset_index(drop=True))
     assert set(found.groupby("subclass")["label"].nunique()) == {1} and found["subclass"].nunique() == 4
-    for name in ("curves.png", "subclasses.png", "embedding.png", "val_curve.png"):
-        assert (finished / name).stat().st_size > 1000
+    pictures = {name: cv2.imread(str(finished / f"{name}.png")) for name in ("curves", "embedding", "val_curve")}
+    assert all(picture.std() > 5 for picture in pictures.values())
+    assert pictures["embedding"].shape == (550, 1500, 3) and pictures["val_curve"].shape[0] > 400
+    assert pictures["curves"].shape[1] > 5 * pictures["curves"].shape[0]  # four losses and F1
+    sheet = cv2.imread(str(finished / "subclasses.png"))
+    assert sheet.shape[1] > 12 * 112 and sheet.shape[0] > 4 * 112  # a row or more of each of four subclasses
     assert json.loads((finished / "run.json").read_text())["patches"] == len(kept)
-    network, config = load_network(finished / "model.pt", torch.device("cpu"))
-    assert network(torch.rand(2, 3, 64, 64)).shape == (2, 2) and config["patch_size"] == 64
+    detector = load_detector(finished / "model.pt", torch.device("cpu"))
+    assert detector.network(torch.rand(2, 3, 64, 64)).shape == (2, 2)
+    assert (detector.patch_size, detector.per_mm2, detector.merge_um, detector.views) == (64, 3000, 7.5, 1)
 
 
 def test_predict_runs_with_its_model(small_run, finished, tmp_path):
@@ -64,7 +71,7 @@ def test_resume_of_a_finished_run_and_with_another_table(small_run, scl, finishe
     whole = scl.read_bytes()
     scl.write_bytes(whole.rsplit(b"\n", 2)[0] + b"\n")
     try:
-        fails("DMU/hard_scl_main.py", *flags(small_run, scl, tmp_path / "out", "--resume"), says="another SCL.csv")
+        fails("DMU/hard_scl_main.py", *flags(small_run, scl, tmp_path / "out", "--resume"), says="another table than --scl")
     finally:
         scl.write_bytes(whole)
 
@@ -73,7 +80,7 @@ def test_start_share_of_1_keeps_the_start(small_run, scl, tmp_path):
     start = small_run / "NS/model.pt"
     more = ["--epochs", 1, "--init_weights", start, "--start_share", 1]
     succeed("DMU/hard_scl_main.py", *flags(small_run, scl, tmp_path / "out", *more))
-    kept, started = (read_checkpoint(path)["model"] for path in (tmp_path / "out/model.pt", start))
+    kept, started = (read_tensors(path)["model"] for path in (tmp_path / "out/model.pt", start))
     for name, tensor in started.items():
         if tensor.is_floating_point():
             torch.testing.assert_close(kept[name], tensor)
@@ -89,7 +96,7 @@ def change(scl, tmp_path, edit):
     ("edit", "says"),
     [
         (lambda t: t[t["label"] == 0], "no mitosis patch"),
-        (lambda t: t.assign(level=t["level"].replace(3, 4)), "LEVELS must be the same"),
+        (lambda t: t.assign(level=t["level"].replace(2, 5)), "hardness"),
         (lambda t: pd.concat([t, t.head(1)]), "stands in it twice"),
         (lambda t: pd.concat([t, t.head(1).assign(patch="train/mitosis/none.png")]), "lacks 1 of"),
         (lambda t: t.assign(label=1 - t["label"]), "has label"),
@@ -103,7 +110,7 @@ def test_wrong_scl_is_one_line(small_run, scl, tmp_path, edit, says):
 
 
 def test_levels_that_no_patch_has_are_no_error(small_run, scl, tmp_path):
-    path = change(scl, tmp_path, lambda t: t.assign(level=3))
+    path = change(scl, tmp_path, lambda t: t.assign(level=3, hardness=0))
     succeed("DMU/hard_scl_main.py", *flags(small_run, path, tmp_path / "out", "--epochs", 2))
     assert (tmp_path / "out/model.pt").is_file()
 
@@ -134,4 +141,5 @@ def test_loss_that_is_not_finite_stops_with_advice(small_run, scl, tmp_path):
 
 @pytest.mark.parametrize("flag", [["--temperature", 0], ["--gce_q", 0]])
 def test_settings_out_of_range(small_run, scl, tmp_path, flag):
-    fails("DMU/hard_scl_main.py", *flags(small_run, scl, tmp_path / "out", *flag), says=flag[0])
+    done = call("DMU/hard_scl_main.py", *flags(small_run, scl, tmp_path / "out", *flag))
+    assert done.status != 0 and f"argument {flag[0]}: expected a number above 0" in done.err

@@ -11,10 +11,10 @@ from pipeline import LIGHT, fails, succeed
 from dasc.data.patches import read_patch
 from dasc.data.splits import draw_share, draw_slides
 from dasc.data.tables import read_cut_fields, read_patches
-from dasc.detect.val import judge_patches, threshold_on_patches
+from dasc.detect.val import fit_to_patches, judge_patches
 from dasc.errors import InputError
 from dasc.judge.metrics import counts_to_scores
-from dasc.model.checkpoint import read_checkpoint
+from dasc.model.checkpoint import read_tensors
 
 
 def write_image(path, seed, size=40):
@@ -179,12 +179,13 @@ def test_share_of_a_cut_dataset_trains(small_run, tmp_path):
     assert half[half["split"] != "train"].equals(
         whole[whole["split"] != "train"].set_axis(half.index[half["split"] != "train"])
     )
-    assert (tmp_path / "half/fields.csv").read_bytes() == (tmp_path / "patches/fields.csv").read_bytes()
-    assert json.loads((tmp_path / "half/split_patches/run.json").read_text())["arguments"]["train_share"] == 0.5
+    for name in ("fields.csv", "cut.json"):
+        assert (tmp_path / "half" / name).read_bytes() == (tmp_path / "patches" / name).read_bytes()
+    assert json.loads((tmp_path / "half/run.json").read_text())["arguments"]["train_share"] == 0.5
     done = succeed(
         "NS/sigle.py", *LIGHT, "--manifest", tmp_path / "half/patches.csv", "--out", tmp_path / "NS", "--epochs", 1
     )
-    assert "val fields: F1" in done.out
+    assert "validation F1" in done.out
     (tmp_path / "patches" / whole["patch"][0]).unlink()
     fails("pre/split_patches.py", *reduce, "--out", tmp_path / "again", "--seed", 0, says="patch is gone")
     assert not (tmp_path / "again").exists()

@@ -96,7 +96,7 @@ def write_patch(path: Path, patch: np.ndarray) -> None:
 
 
 def copy_patches(folder: Path, to: Path, patches: Iterable[str]) -> None:
-    """Copy patches and, where they are there, fields.csv, annotations.csv and run.json to another folder.
+    """Copy patches and, where they are there, cut.json, fields.csv and annotations.csv to another folder.
 
     Raises:
         InputError: a patch that is gone.
@@ -106,7 +106,7 @@ def copy_patches(folder: Path, to: Path, patches: Iterable[str]) -> None:
             raise InputError(f"{folder / patch}: patch is gone; cut the patches again")
         (to / patch).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / patch, to / patch)
-    for name in ("fields.csv", "annotations.csv", "run.json"):
+    for name in ("cut.json", "fields.csv", "annotations.csv"):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, to / name)
 
@@ -130,23 +130,26 @@ def read_patch(path: Path) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def load_patches(paths: list[Path], workers: int) -> Tensor:
+def load_patches(paths: list[Path], workers: int, size: int | None = None) -> Tensor:
     """All patches in memory: (N, 3, S, S) uint8, in the order of `paths`.
 
+    size: S in px as cut.json states it; None: that of the first patch.
+
     Raises:
-        InputError: a patch that is gone, broken or of another size than the first.
+        InputError: a patch that is gone, broken, not square or of another size.
     """
     if not paths:
         return torch.empty(0, 3, 1, 1, dtype=torch.uint8)
     first = read_patch(paths[0])
-    patches = torch.empty(len(paths), 3, *first.shape[:2], dtype=torch.uint8)
+    size = first.shape[0] if size is None else size
+    patches = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
 
     def read(index: int) -> None:
         patch = read_patch(paths[index])
-        if patch.shape != first.shape or first.shape[0] != first.shape[1]:
+        if patch.shape != (size, size, 3):
             raise InputError(
                 f"{paths[index]}: {patch.shape[1]} x {patch.shape[0]} px, "
-                f"expected square patches of one size ({first.shape[1]} px)"
+                f"expected square patches of one size ({size} px)"
             )
         patches[index] = torch.from_numpy(patch).permute(2, 0, 1)
 

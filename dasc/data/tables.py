@@ -1,18 +1,25 @@
-"""The CSV manifests that stages hand on: read with their types, checked, joined by the key `patch`."""
+"""What passes between the stages: the columns of every table, to read and to write by, and how patches were cut.
+
+Stages hand on CSV files and one cut.json. Tables are read with their types and checked; all of them are joined by the
+one key `patch`. Nothing else passes between stages: run.json is a log.
+"""
 
 import json
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from dasc.errors import InputError
-from dasc.files import from_cell
+from dasc.files import from_cell, write_csv, write_json
 
 LABELS = {0: "negative", 1: "mitosis"}
 SPLITS = ("train", "val", "test")
+VERDICTS = ("clean", "hard", "noisy", "dropped")
+MOST = 2**53  # whole numbers beyond this are not read exactly
 
-# One row per nucleus patch. patch: POSIX path relative to the manifest, the key of every later table.
+# patches.csv: one row per nucleus patch. patch: POSIX path relative to the manifest, the key of every later table.
 # x_px, y_px: its centre in the field; point_x_px, point_y_px: the annotated point in the patch, empty without one;
 # score: p(mitosis) of the search network where origin is searched, of the weak model where it is mined, else empty.
 PATCHES = {
@@ -28,9 +35,72 @@ PATCHES = {
     "point_y_px": float,
     "score": float,
 }
+# fields.csv, annotations.csv: the fields that were cut and their annotations, in pixels of the field.
 FIELDS = {"image": str, "path": str, "case": str, "split": str, "um_per_px": float}
 ANNOTATIONS = {"image": str, "x_px": float, "y_px": float, "label": int}
-MOST = 2**53  # whole numbers beyond this are not read exactly
+# memory.csv: one row per training patch. clean, hard, noisy: counted epochs in which it was that; learned, forgotten:
+# counted epochs in which it was or was not selected; confidence: m_v; noise_score: the higher, the more probably the
+# label is wrong.
+MEMORY = {
+    "patch": str,
+    "label": int,
+    "origin": str,
+    "clean": int,
+    "hard": int,
+    "noisy": int,
+    "learned": int,
+    "forgotten": int,
+    "confidence_weak": float,
+    "confidence_strong": float,
+    "confidence_fused": float,
+    "centroid_distance": float,
+    "noise_score": float,
+}
+# hard.csv: one row per training patch. level: of a hard patch, 0 the easiest; hardness: 0 clean to 1 the hardest level,
+# empty where the verdict is noisy or dropped.
+HARD = {
+    "patch": str,
+    "label": int,
+    "verdict": str,
+    "level": float,
+    "hardness": float,
+    "forget_rate": float,
+    "centroid_distance": float,
+    "noise_score": float,
+}
+# checked.csv: one row per hard patch. seen: epochs in which its level was predicted; correct: predicted right.
+CHECKED = {"patch": str, "label": int, "level": int, "seen": int, "correct": int}
+# SCL.csv: one row per training patch that stays. level: of a hard patch, or one above the hardest where it is clean.
+SCL = {"patch": str, "label": int, "level": int, "hardness": float}
+OPTIONAL = ("level", "hardness")  # cells that may be empty in a table with one row per training patch
+
+
+class Cut(NamedTuple):
+    """How the patches of a folder were cut: its cut.json.
+
+    patch_size: side in px. um_per_px: resolution, None where it is unknown. normalise_stain: whether the stain of every
+    field was brought to one mean and spread. data_root: folder of the dataset, None for patches that come from no
+    fields (pre/split_patches.py). source_px: side in px of the files they were resized from, None where they were cut.
+    """
+
+    patch_size: int
+    um_per_px: float | None
+    normalise_stain: bool
+    data_root: str | None
+    source_px: int | None = None
+
+
+class ValFields(NamedTuple):
+    """The validation fields: the dataset's folder, their rows of fields.csv, and their mitoses (image, x_px, y_px)."""
+
+    root: Path
+    fields: pd.DataFrame
+    mitoses: pd.DataFrame
+
+
+def write_table(path: Path, table: pd.DataFrame, columns: dict[str, type]) -> None:
+    """Write the columns of a table that stages hand on, in the order in which they are declared."""
+    write_csv(path, table[list(columns)])
 
 
 def read_table(path: Path, columns: dict[str, type], made_by: str) -> pd.DataFrame:
@@ -115,41 +185,183 @@ def inside(path_text: str, manifest: Path) -> str:
     return path_text
 
 
-def read_cut_fields(folder: Path, data_root: str = "") -> tuple[Path, pd.DataFrame, pd.DataFrame]:
-    """The fields that stage 1 cut: dataset folder, fields and annotations.
+def read_samples(path: Path, columns: dict[str, type], made_by: str) -> pd.DataFrame:
+    """Read a table with one row per patch.
+
+    Raises:
+        InputError: as `read_table`; a patch twice, an unknown label, an empty cell where a number belongs.
+    """
+    table = read_table(path, columns, made_by)
+    check_once(table["patch"], path)
+    strange = table["label"][~table["label"].isin(list(LABELS))]
+    if len(strange):
+        raise InputError(f"{path}: label {strange.iloc[0]}, expected one of {', '.join(map(str, LABELS))}")
+    for column in (name for name, kind in columns.items() if kind is not str and name not in OPTIONAL):
+        wrong = ~np.isfinite(table[column]) | ((table[column] < 0) & (columns[column] is int))
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise InputError(f"{path}, row {row + 2}: {column} is {table[column][row]}; `{made_by}` makes it anew")
+    return table
+
+
+def read_memory(path: Path) -> pd.DataFrame:
+    """Read memory.csv; InputError as `read_samples`, and where a patch has no counted epoch."""
+    table = read_samples(path, MEMORY, "python DMU/main.py")
+    uncounted = (table["clean"] + table["hard"] + table["noisy"] == 0) | (table["learned"] + table["forgotten"] == 0)
+    if uncounted.any():
+        raise InputError(
+            f"{path}: {uncounted.sum()} of {len(table)} patches have no counted epoch; "
+            "lower COUNT_AFTER_SHARE of DMU/main.py, or raise its EPOCHS"
+        )
+    return table
+
+
+def read_hard(path: Path) -> pd.DataFrame:
+    """Read hard.csv; InputError as `read_samples`, and where verdict, level and hardness are none of stage 5."""
+    table = read_samples(path, HARD, "python clus_hard.py")
+    strange = table["verdict"][~table["verdict"].isin(VERDICTS)]
+    if len(strange):
+        raise InputError(f"{path}: verdict {strange.iloc[0]!r}, expected one of {', '.join(VERDICTS)}")
+    check_grades(path, table, hard=table["verdict"] == "hard", clean=table["verdict"] == "clean")
+    return table
+
+
+def without_noisy(train: pd.DataFrame, manifest: Path, hard: Path) -> pd.DataFrame:
+    """The training rows of a manifest less those that hard.csv calls noisy; says how many."""
+    noisy = join_by_patch(train, read_hard(hard), manifest, hard)["verdict"].to_numpy() == "noisy"
+    print(f"{hard}: {noisy.sum()} of {len(train)} training patches are noisy and left out")
+    return train[~noisy]
+
+
+def read_checked(path: Path) -> pd.DataFrame:
+    """Read checked.csv; InputError as `read_samples`, and where a level was right more often than seen."""
+    table = read_samples(path, CHECKED, "python DMU/hard_main.py")
+    wrong = table["correct"] > table["seen"]
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise InputError(f"{path}, row {row + 2}: correct {table['correct'][row]} of {table['seen'][row]} seen")
+    return table
+
+
+def read_scl(path: Path) -> pd.DataFrame:
+    """Read SCL.csv; InputError as `read_samples`, and where level and hardness are none of stage 7."""
+    table = read_samples(path, SCL, "python clus_scl.py")
+    check_grades(path, table, hard=table["hardness"] != 0, clean=table["hardness"] == 0)
+    return table
+
+
+def levels_of(table: pd.DataFrame, hard: pd.Series) -> int:
+    """How many levels stage 5 made, as the hard patches tell: hardness is (level + 1) / levels; 0 without one."""
+    levels = (table.loc[hard, "level"] + 1) / table.loc[hard, "hardness"]
+    levels = levels[np.isfinite(levels)].round()
+    return int(levels.max()) if len(levels) else 0
+
+
+def check_grades(path: Path, table: pd.DataFrame, hard: pd.Series, clean: pd.Series) -> None:
+    """Raise InputError where level and hardness of a patch contradict each other, or its being hard or clean (bool)."""
+    levels = levels_of(table, hard)
+    hardness = np.where(hard, (table["level"] + 1) / max(levels, 1), np.where(clean, 0.0, np.nan))
+    wrong = ~np.isclose(table["hardness"], hardness, atol=1e-6, equal_nan=True)
+    wrong |= hard & ~((table["level"] >= 0) & (table["level"] < levels) & (table["level"] % 1 == 0))
+    wrong |= ~hard & table["level"].notna() & ~(clean & (table["level"] >= levels))
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        level, found = table.loc[row, ["level", "hardness"]]
+        raise InputError(
+            f"{path}, row {row + 2}: level {level:g} with hardness {found:g}, expected {hardness[row]:g} by the other "
+            f"patches' {levels} levels; run clus_hard.py and the stages after it again"
+        )
+
+
+def join_by_patch(left: pd.DataFrame, right: pd.DataFrame, left_path: Path, right_path: Path) -> pd.DataFrame:
+    """`left`, in its order, with the columns of `right` that it lacks, joined by `patch`.
+
+    Raises:
+        InputError: a patch that only one of them holds, or a column of both with different values for one patch.
+    """
+    advice = "they come from different runs; repeat the stages from the older one on"
+    for one, path, other, other_path in ((left, left_path, right, right_path), (right, right_path, left, left_path)):
+        absent = one.loc[~one["patch"].isin(other["patch"]), "patch"]
+        if len(absent):
+            raise InputError(
+                f"{other_path}: lacks {len(absent)} of the {len(one)} patches of {path} that belong in it "
+                f"(first: {absent.iloc[0]}); {advice}"
+            )
+    joined = left.merge(right, on="patch", how="left", validate="one_to_one", suffixes=("", " of right"))
+    for column in left.columns.intersection(right.columns).drop("patch"):
+        differs = ~np.isclose(joined[column].astype(float), joined[f"{column} of right"].astype(float), equal_nan=True)
+        if differs.any():
+            row = joined.iloc[int(np.argmax(differs))]
+            raise InputError(
+                f"{right_path}: patch {row['patch']} has {column} {row[f'{column} of right']:g}, "
+                f"{left_path} has {row[column]:g}; {advice}"
+            )
+    return joined.drop(columns=[column for column in joined if column.endswith(" of right")])
+
+
+def read_val_fields(folder: Path, data_root: str = "", optional: bool = False) -> ValFields | None:
+    """The validation fields of the patches in a folder; None where they are optional and the patches come from none.
 
     Args:
-        data_root: dataset folder that holds the images; empty means where it lay at stage 1.
+        data_root: dataset folder that holds the images; empty: where it lay at stage 1.
+
+    Raises:
+        InputError: as `read_cut_fields`, or the image of a field is gone: before hours of training, not after.
+    """
+    if optional and read_cut(folder).data_root is None:
+        return None
+    root, fields, annotations = read_cut_fields(folder, data_root)
+    fields = fields[fields["split"] == "val"]
+    for path in fields["path"]:
+        if not (root / path).is_file():
+            raise InputError(f"{root / path}: this val field is gone; --data_root names the dataset's folder")
+    mitoses = annotations[(annotations["label"] == 1) & annotations["image"].isin(fields["image"])]
+    return ValFields(root, fields, mitoses)
+
+
+def read_cut_fields(folder: Path, data_root: str = "") -> tuple[Path, pd.DataFrame, pd.DataFrame]:
+    """The fields that stage 1 cut: dataset folder, fields and annotations. Arguments as `read_val_fields`.
 
     Raises:
         InputError: as `read_table`; patches that come from no fields; a field's path that leaves the dataset.
     """
-    if read_cut_run(folder)["data_root"] is None:
+    stated = read_cut(folder).data_root
+    if stated is None:
         raise InputError(f"{folder}: these patches come from no fields, and this script needs fields")
     made_by = "python pre/cut_patch_2.py"
     fields = read_table(folder / "fields.csv", FIELDS, made_by)
     for path in fields["path"]:
         inside(path, folder / "fields.csv")
-    annotations = read_table(folder / "annotations.csv", ANNOTATIONS, made_by)
-    return Path(data_root or read_cut_run(folder)["data_root"]), fields, annotations
+    return Path(data_root or stated), fields, read_table(folder / "annotations.csv", ANNOTATIONS, made_by)
 
 
-def read_cut_run(folder: Path) -> dict:
-    """How stage 1 cut the patches of a folder: its run.json, with data_root and arguments.
+def write_cut(folder: Path, cut: Cut) -> None:
+    """Write cut.json."""
+    write_json(folder / "cut.json", cut._asdict())
 
-    A data_root of None says that the patches come from no fields (pre/split_patches.py).
+
+def read_cut(folder: Path) -> Cut:
+    """Read cut.json.
 
     Raises:
-        InputError: no run.json, or not one of stage 1.
+        InputError: no such file, or values that are none of a cut.
     """
-    path = folder / "run.json"
+    path = folder / "cut.json"
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        arguments = run["arguments"]
-        known = isinstance(run["data_root"], str | None) and isinstance(arguments["normalise_stain"], bool)
-        known &= isinstance(arguments["patch_um_per_px"], float | int | None)
-        if not known:
+        cut = Cut(**json.loads(path.read_text(encoding="utf-8")))
+        sides = (cut.patch_size, 1 if cut.source_px is None else cut.source_px)
+        known = all(isinstance(side, int) and not isinstance(side, bool) and 0 < side <= 4096 for side in sides)
+        known &= isinstance(cut.um_per_px, float | int | None) and not isinstance(cut.um_per_px, bool)
+        known &= cut.um_per_px is None or 0 < cut.um_per_px < 1000
+        if not (known and isinstance(cut.normalise_stain, bool) and isinstance(cut.data_root, str | None)):
             raise ValueError("values of other types")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: does not say how the patches were cut; run pre/cut_patch_2.py again") from error
-    return run
+    return cut
+
+
+def check_both_labels(part: pd.DataFrame, what: str, advice: str) -> None:
+    """Raise InputError where a part of a manifest lacks mitoses or negatives; `what` names it."""
+    for label, word in LABELS.items():
+        if not (part["label"] == label).any():
+            raise InputError(f"{what} has no {word} patch ({len(part)} in all); {advice}")

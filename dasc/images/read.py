@@ -9,7 +9,9 @@ from typing import BinaryIO
 import imagecodecs
 import numpy as np
 import tifffile
-from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 
 from dasc.errors import InputError
 from dasc.images.tiffs import (
@@ -29,7 +31,8 @@ SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".sv
 
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 logger = logging.getLogger(__name__)
-Image.MAX_IMAGE_PIXELS = None  # one limit for every format: MAX_PIXELS, checked below before decoding
+# Opened by their own class: Image.open has a limit of its own, and here MAX_PIXELS is the one for every format.
+PICTURES = {"png": PngImageFile, "jpeg": JpegImageFile, "bmp": BmpImageFile}
 
 
 def read_field(path: Path) -> np.ndarray:
@@ -149,7 +152,7 @@ def check_size(width: int, height: int) -> None:
 
 
 def _read_picture(file: BinaryIO, kind: str, path: Path) -> np.ndarray:
-    with Image.open(file) as image:
+    with PICTURES[kind](file) as image:
         check_size(*image.size)
         if kind in ("jpeg", "png"):
             file.seek(0)

@@ -1,45 +1,11 @@
-"""Difficulty of training patches: the verdict from the memory units, the level of a hard patch, and their tables."""
+"""Difficulty of training patches: the verdict from the memory units, and the level and hardness of a hard patch."""
 
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
-
-from dasc.data.tables import LABELS, check_once, read_table
-from dasc.errors import InputError
-
-VERDICTS = ("clean", "hard", "noisy", "dropped")
-
-# One row per training patch. clean, hard, noisy: counted epochs in which it was that; learned, forgotten: counted
-# epochs in which it was or was not selected; noise_score: higher is more probably a wrong label.
-MEMORY_COLUMNS = {
-    "patch": str,
-    "label": int,
-    "clean": int,
-    "hard": int,
-    "noisy": int,
-    "learned": int,
-    "forgotten": int,
-    "centroid_distance": float,
-    "noise_score": float,
-}
-# One row per training patch; level only where the verdict is hard.
-HARD_COLUMNS = {
-    "patch": str,
-    "label": int,
-    "verdict": str,
-    "level": float,
-    "forget_rate": float,
-    "centroid_distance": float,
-    "noise_score": float,
-}
-# One row per hard patch. seen: epochs in which its level was predicted; correct: in which it was predicted right.
-CHECKED_COLUMNS = {"patch": str, "label": int, "level": int, "seen": int, "correct": int, "kept": int}
-# One row per training patch that stays. level: of a hard patch, or one above the hardest where it is clean.
-SCL_COLUMNS = {"patch": str, "label": int, "level": int}
 
 
 def forget_rate(memory: pd.DataFrame) -> np.ndarray:
@@ -124,101 +90,7 @@ def validated(seen: pd.Series, correct: pd.Series, keep_share: float) -> np.ndar
     return np.divide(correct, seen, out=np.ones_like(correct), where=seen > 0) >= keep_share
 
 
-def read_samples(path: Path, columns: dict[str, type], made_by: str) -> pd.DataFrame:
-    """Read a table with one row per patch.
-
-    Raises:
-        InputError: as `manifest.read_table`; a patch twice, an unknown label, an empty cell where a number belongs.
-    """
-    table = read_table(path, columns, made_by)
-    check_once(table["patch"], path)
-    strange = table["label"][~table["label"].isin(list(LABELS))]
-    if len(strange):
-        raise InputError(f"{path}: label {strange.iloc[0]}, expected one of {', '.join(map(str, LABELS))}")
-    for column in (name for name, kind in columns.items() if kind is not str and name != "level"):
-        wrong = ~np.isfinite(table[column]) | ((table[column] < 0) & (columns[column] is int))
-        if wrong.any():
-            row = int(np.argmax(wrong))
-            raise InputError(f"{path}, row {row + 2}: {column} is {table[column][row]}; `{made_by}` makes it anew")
-    return table
-
-
-def read_memory(path: Path) -> pd.DataFrame:
-    """Read memory.csv; InputError as `read_samples`, and where a patch has no counted epoch."""
-    table = read_samples(path, MEMORY_COLUMNS, "python DMU/main.py")
-    uncounted = (table["clean"] + table["hard"] + table["noisy"] == 0) | (table["learned"] + table["forgotten"] == 0)
-    if uncounted.any():
-        raise InputError(
-            f"{path}: {uncounted.sum()} of {len(table)} patches have no counted epoch; "
-            "raise EPOCHS of DMU/main.py above its COUNT_AFTER, or lower that"
-        )
-    return table
-
-
-def read_verdicts(path: Path) -> pd.DataFrame:
-    """Read hard.csv for its verdicts; InputError as `read_samples`, and where a verdict is none that stage 5 gives."""
-    table = read_samples(path, HARD_COLUMNS, "python clus_hard.py")
-    strange = table["verdict"][~table["verdict"].isin(VERDICTS)]
-    if len(strange):
-        raise InputError(f"{path}: verdict {strange.iloc[0]!r}, expected one of {', '.join(VERDICTS)}")
-    return table
-
-
-def read_hard(path: Path, levels: int) -> pd.DataFrame:
-    """Read hard.csv; InputError as `read_verdicts`, and where a level is none that stage 5 gives."""
-    table = read_verdicts(path)
-    hard = table["verdict"] == "hard"
-    wrong = np.where(hard, ~table["level"].isin(range(levels)), table["level"].notna())
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        verdict, level = table.loc[row, ["verdict", "level"]]
-        expected = f"0 to {levels - 1}; LEVELS must be the same in stages 5, 6 and 7" if hard[row] else "none"
-        raise InputError(f"{path}, row {row + 2}: verdict {verdict} with level {level:g}, expected {expected}")
-    return table
-
-
-def read_checked(path: Path) -> pd.DataFrame:
-    """Read checked.csv; InputError as `read_samples`, and where a level was right more often than seen."""
-    table = read_samples(path, CHECKED_COLUMNS, "python DMU/hard_main.py")
-    wrong = table["correct"] > table["seen"]
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        raise InputError(f"{path}, row {row + 2}: correct {table['correct'][row]} of {table['seen'][row]} seen")
-    return table
-
-
-def read_scl(path: Path, levels: int) -> pd.DataFrame:
-    """Read SCL.csv; InputError as `read_samples`, and where a level is none that stage 7 gives."""
-    table = read_samples(path, SCL_COLUMNS, "python clus_scl.py")
-    strange = table["level"][~table["level"].isin(range(levels + 1))]
-    if len(strange):
-        raise InputError(
-            f"{path}: level {strange.iloc[0]}, expected 0 to {levels}; LEVELS must be the same in stages 5 to 8"
-        )
-    return table
-
-
-def join_by_patch(left: pd.DataFrame, right: pd.DataFrame, left_path: Path, right_path: Path) -> pd.DataFrame:
-    """`left`, in its order, with the columns of `right` that it lacks, joined by `patch`.
-
-    Raises:
-        InputError: a patch that only one of them holds, or a column of both with different values for one patch.
-    """
-    advice = "they come from different runs; repeat the stages from the older one on"
-    for one, path, other, other_path in ((left, left_path, right, right_path), (right, right_path, left, left_path)):
-        absent = one.loc[~one["patch"].isin(other["patch"]), "patch"]
-        if len(absent):
-            raise InputError(
-                f"{other_path}: lacks {len(absent)} of the {len(one)} patches of {path} that belong in it "
-                f"(first: {absent.iloc[0]}); {advice}"
-            )
-    joined = left.merge(right, on="patch", how="left", validate="one_to_one", suffixes=("", " of right"))
-    for column in left.columns.intersection(right.columns).drop("patch"):
-        differs = ~np.isclose(joined[column].astype(float), joined[f"{column} of right"].astype(float), equal_nan=True)
-        if differs.any():
-            row = joined.iloc[int(np.argmax(differs))]
-            raise InputError(
-                f"{right_path}: patch {row['patch']} has {column} {row[f'{column} of right']:g}, "
-                f"{left_path} has {row[column]:g}; {advice}"
-            )
-    return joined.drop(columns=[column for column in joined if column.endswith(" of right")])
+def hardness(verdict: np.ndarray, level: np.ndarray, levels: int) -> np.ndarray:
+    """Hardness (N,) of patches by verdict and level (N,): 0 clean, (level + 1) / levels hard, NaN noisy or dropped."""
+    grade = (np.asarray(level, dtype=float) + 1) / levels
+    return np.select([np.asarray(verdict) == "hard", np.asarray(verdict) == "clean"], [grade, 0.0], np.nan)

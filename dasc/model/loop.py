@@ -1,12 +1,48 @@
-"""What the training loops share: the order of an epoch, the learning rate, and how a network does on val."""
+"""What the training loops share: how a network starts, the draws and batches of an epoch, schedules, what is kept.
+
+The loops themselves stand in the scripts. An epoch draws from (seed, epoch) alone: a resumed one draws the same.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.metrics import precision_recall_curve
 from torch import Tensor
 
-from dasc.data.tables import LABELS
+from dasc.data.tables import LABELS, Cut
 from dasc.errors import InputError
+from dasc.files import write_csv
+from dasc.model.checkpoint import Detector, interpolate, load_initial_weights, save_checkpoint
+from dasc.model.network import CamNetwork, fold_batch_norms
+
+
+def start_network(
+    args: argparse.Namespace, device: torch.device, resumed: bool
+) -> tuple[CamNetwork, dict[str, Tensor] | None]:
+    """The network before its first step, and the weights of --init_weights where they fit the whole network.
+
+    args: seed, backbone, stride, pretrained, init_weights. resumed: its weights come from last.pt, none are fetched.
+    """
+    torch.manual_seed(args.seed)
+    network = CamNetwork(args.backbone, args.stride, args.pretrained and not args.init_weights and not resumed)
+    start = load_initial_weights(network, Path(args.init_weights)) if args.init_weights else None
+    return network.to(device, memory_format=torch.channels_last), start
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """The generator that an epoch draws from; what draws from torch's own is seeded alike."""
+    torch.manual_seed(seed * 100_003 + epoch)
+    return torch.Generator().manual_seed(seed * 100_003 + epoch)
+
+
+def epochs_of(share: float, epochs: int) -> int:
+    """A share of the epochs in whole epochs, rounded; at least one epoch comes after it."""
+    return min(round(share * epochs), epochs - 1)
 
 
 def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -27,6 +63,96 @@ def batches(order: Tensor, batch_size: int) -> list[Tensor]:
     if len(parts) > 1 and len(parts[-1]) == 1:
         parts[-2:] = [torch.cat(parts[-2:])]
     return parts
+
+
+class LossGuard:
+    """Passes over the steps whose loss is not finite; so many of them in a row end the training.
+
+    nan_steps: steps in a row. steps: of an epoch; a shorter epoch is not gone through in vain.
+    """
+
+    def __init__(self, nan_steps: int, steps: int) -> None:
+        self.patience = max(1, min(nan_steps, steps))
+        self.in_a_row = 0
+
+    def passes_over(self, loss: Tensor, epoch: int) -> bool:
+        """Whether this step is left out. Raises InputError where too many were."""
+        self.in_a_row = 0 if torch.isfinite(loss) else self.in_a_row + 1
+        if self.in_a_row == self.patience:
+            raise InputError(f"the loss was not finite in {self.in_a_row} steps in a row (epoch {epoch}); lower --lr")
+        return self.in_a_row > 0
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """The context in which a network computes: bfloat16 where the device is a CUDA one."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+@torch.no_grad()
+def update_ema(ema: CamNetwork, network: CamNetwork, decay: float, step: int) -> None:
+    """Move the exponential moving average (EMA) of the weights: ema <- d ema + (1 - d) weights.
+
+    d = min(decay, (1 + step) / (10 + step)), so that the first steps are forgotten sooner than the later ones.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    of_ema, of_network = (itertools.chain(each.parameters(), each.buffers()) for each in (ema, network))
+    for mean, now in zip(of_ema, of_network, strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(now, 1 - decay)
+        else:
+            mean.copy_(now)  # the count of batches that batch norm has seen
+
+
+def copy_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of a state dict that later steps leave as it is."""
+    return {name: tensor.clone() for name, tensor in weights.items()}
+
+
+def save_epoch(out: Path, log: list[dict[str, Any]], modules: dict[str, Any], **state: Any) -> None:
+    """Close an epoch: write OUT/log.csv, then OUT/last.pt, with which the epoch is done.
+
+    modules: networks and optimizers, whose state dicts are kept under these names. state: what else is kept.
+    """
+    write_csv(out / "log.csv", pd.DataFrame(log).round(6))
+    states = {name: module.state_dict() for name, module in modules.items()}
+    save_checkpoint(out / "last.pt", {**states, **state, "log": log})
+
+
+def restore(last: dict[str, Any], modules: dict[str, Any]) -> list[dict[str, Any]]:
+    """Give modules the state dicts that `save_epoch` kept of them; return the log so far."""
+    for name, module in modules.items():
+        module.load_state_dict(last[name])
+    return last["log"]
+
+
+def kept_detector(
+    network: CamNetwork,
+    best: dict[str, Tensor],
+    start: dict[str, Tensor] | None,
+    cut: Cut,
+    args: argparse.Namespace,
+    manifest_sha256: str,
+) -> tuple[Detector, dict[str, Tensor]]:
+    """The detector that a training leaves, its threshold not chosen yet, and its weights as they are stored.
+
+    best: weights of the best epoch. start: those that the training started from; the kept weights are interpolated to
+    them by --start_share. args: start_share, init_weights, and the scan settings per_mm2, match_um, views.
+    """
+    if start:
+        best = interpolate(best, start, args.start_share)
+        print(f"weight interpolation: the kept weights are {args.start_share:.0%} those of {args.init_weights}")
+    network.load_state_dict(best)
+    detector = Detector(
+        network=fold_batch_norms(network),
+        patch_size=cut.patch_size,
+        patch_um_per_px=cut.um_per_px,
+        normalise_stain=cut.normalise_stain,
+        per_mm2=args.per_mm2,
+        merge_um=args.match_um,
+        views=args.views,
+        manifest_sha256=manifest_sha256,
+    )
+    return detector, best
 
 
 def check_batch(batch_size: int, patch_size: int, stride: int) -> None:

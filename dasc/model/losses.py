@@ -94,22 +94,20 @@ def generalised_cross_entropy(logits: Tensor, labels: Tensor, q: float) -> Tenso
     return (1 - (-q * cross_entropy).exp()) / q if q else cross_entropy
 
 
-def graded_cross_entropy(
-    logits: Tensor, labels: Tensor, levels: Tensor, hardest: int, clean: int, smoothing: float, q: float
-) -> Tensor:
-    """Classification loss by level of difficulty, mean over the batch.
+def graded_cross_entropy(logits: Tensor, labels: Tensor, hardness: Tensor, smoothing: float, q: float) -> Tensor:
+    """Classification loss by difficulty, mean over the batch.
 
     clean patches: cross entropy; hard ones: cross entropy with smoothed labels; those of the hardest level, where most
     wrong labels are left: generalised cross entropy.
 
     Args:
-        logits: (B, C). labels, levels: (B,) int64. hardest, clean: the levels that mean so.
+        logits: (B, C). labels: (B,) int64. hardness: (B,), 0 clean to 1 the hardest level.
     """
     plain = F.cross_entropy(logits, labels, reduction="none")
     smooth = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
     generalised = generalised_cross_entropy(logits, labels, q)
-    graded = torch.where(levels == hardest, generalised, smooth)
-    return torch.where(levels == clean, plain, graded).mean()
+    graded = torch.where(hardness == 1, generalised, smooth)
+    return torch.where(hardness == 0, plain, graded).mean()
 
 
 def localisation(cam: Tensor, points_px: Tensor, patch_size: int, sharpness: float = 10.0) -> Tensor:
