@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from dasc.data.patches import load_patches
 from dasc.data.tables import LABELS, read_patches
-from dasc.files import replacing, write_csv
+from dasc.files import write_csv
 from dasc.model.difficulty import VERDICTS, difficulty_levels, forget_rate, join_by_patch, read_memory, verdicts
-from dasc.report.plots import contact_sheet
+from dasc.report.plots import contact_sheet, difficulty_plane
 from dasc.run import positive, record_run, run_script, true_or_false
 
 # Edit here, or override one run with the flag of the same name.
@@ -30,8 +29,6 @@ LEVELS = 3  # components of the mixture, which are the levels of difficulty of e
 PER_GROUP = 24  # patches shown per verdict and level
 SEED = 0
 WORKERS = 2  # threads that read patches
-
-COLORS = {"clean": "#74a9cf", "noisy": "black", "dropped": "#7b3294"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -85,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
     groups = grouped(table, args.levels)
     sheet = sheet_groups(groups, args) if args.manifest else []
     write_csv(out / "hard.csv", table)
-    draw_plane(out / "difficulty.png", groups, args.levels)
+    difficulty_plane(out / "difficulty.png", groups, args.levels)
     if args.manifest:
         contact_sheet(out / "contact_sheet.png", sheet, per_group=args.per_group)
     counts = {f"{LABELS[label]} {name}": len(members) for (label, name), members in groups.items()}
@@ -106,30 +103,6 @@ def grouped(table: pd.DataFrame, levels: int) -> dict[tuple[int, str], pd.DataFr
     """The rows of hard.csv by label and `names`, empty groups too."""
     name = table["verdict"].where(table["verdict"] != "hard", "hard, level " + table["level"].astype(str))
     return {(label, one): table[(table["label"] == label) & (name == one)] for label in LABELS for one in names(levels)}
-
-
-def draw_plane(path: Path, groups: dict[tuple[int, str], pd.DataFrame], levels: int) -> None:
-    """One panel per label: every patch at its forget rate and centroid distance, coloured by verdict and level."""
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
-    shades = {f"hard, level {level}": (1.0, 0.85 * (1 - level / max(levels - 1, 1)), 0.0) for level in range(levels)}
-    for axis, (label, word) in zip(figure.subplots(1, len(LABELS), sharey=True), LABELS.items(), strict=True):
-        for name in names(levels):
-            members = groups[label, name]
-            axis.scatter(
-                members["forget_rate"],
-                members["centroid_distance"],
-                s=10,
-                alpha=0.6,
-                linewidths=0,
-                color=(COLORS | shades)[name],
-                label=f"{name} ({len(members)})",
-            )
-        axis.set(title=word, xlabel="forget rate", xlim=(-0.03, 1.03))
-        axis.grid(alpha=0.3)
-        axis.legend(markerscale=2)
-    figure.axes[0].set_ylabel("centroid distance")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
 
 
 def sheet_groups(groups: dict[tuple[int, str], pd.DataFrame], args: argparse.Namespace) -> list[tuple]:

@@ -8,6 +8,7 @@ with a dataset metrics.json, metrics_per_field.csv, curve.csv and curve.png (wha
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,12 @@ from dasc.data.readers import READERS
 from dasc.data.splits import parse_cases
 from dasc.detect.image import count_mitoses, find_mitoses, look_over
 from dasc.errors import InputError, WriteError
-from dasc.files import file_name, sha256, write_csv, write_json
+from dasc.files import file_name, write_csv, write_json
 from dasc.images.read import choose_resolution, find_images
 from dasc.images.slides import Slide, open_slide
-from dasc.judge.calibration import UNCALIBRATED, resolve_threshold
+from dasc.judge.calibration import resolve_threshold
 from dasc.judge.metrics import RADIUS_UM, average_precision, choose_threshold, evaluate, fields_in_um, plateau_threshold
-from dasc.model.checkpoint import load_network
+from dasc.model.checkpoint import Detector, load_detector
 from dasc.report.export import write_counts, write_detections, write_geojson, write_mitotic_figures
 from dasc.report.page import report_entry, write_report
 from dasc.report.plots import overlay, precision_recall, write_png
@@ -41,7 +42,7 @@ THRESHOLD = (
 PER_MM2 = 3000.0  # candidates looked at per mm2, best ranked first; fewer is faster and misses more
 MERGE_UM = 7.5  # detections nearer than this become the strongest of them
 VIEWS = 8  # right-angle views averaged for every likely candidate: 1, 2, 4 or 8
-BACKGROUND = True  # move every image's log odds to the background of the model's val fields; False: as the network's
+BACKGROUND = True  # score alignment: move every image's log odds to those of the model's val fields; False: as they are
 SMALLEST = 0.05  # detections below this probability are not written
 WHOLE_PX = 50_000_000  # images of more pixels are scanned as slides: tile by tile, on their tissue only
 OVERLAYS = True  # draw the detections on a copy of every field
@@ -71,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--per_mm2", type=float, default=PER_MM2, help="candidates looked at per mm2")
     parser.add_argument("--merge_um", type=float, default=MERGE_UM, help="nearer detections become one")
     parser.add_argument("--views", type=int, default=VIEWS, choices=(1, 2, 4, 8), help="views averaged per candidate")
-    parser.add_argument("--background", type=true_or_false, default=BACKGROUND, help="move images to that of val")
+    parser.add_argument("--background", type=true_or_false, default=BACKGROUND, help="score alignment with val")
     parser.add_argument("--smallest", type=float, default=SMALLEST, help="smallest probability written")
     parser.add_argument("--whole_px", type=int, default=WHOLE_PX, help="larger images are scanned tile by tile")
     parser.add_argument("--overlays", type=true_or_false, default=OVERLAYS, help="draw the detections")
@@ -94,24 +95,22 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     fields, annotations = dataset_fields(args) if args.dataset else image_fields(args.images)
     model_path = Path(args.model_path)
-    network, config = load_network(model_path, pick_device(args.device))
-    if not config["um_per_px"]:
+    detector = load_detector(model_path, pick_device(args.device))
+    if not detector.patch_um_per_px:
         raise InputError(f"{model_path}: trained on patches of unknown resolution, so it cannot scan images")
-    threshold = resolve_threshold(args.threshold, config, model_path)
+    threshold = resolve_threshold(args.threshold, detector.threshold, detector.val_curve, model_path)
+    detector = replace(detector, per_mm2=args.per_mm2, merge_um=args.merge_um, views=args.views)
     if not args.background:
-        config.pop("background", None)  # as a checkpoint that knows none
-    return predict(fields, annotations, network, config, threshold, args)
+        detector = replace(detector, calibration=replace(detector.calibration, alignment=None))
+    return predict(fields, annotations, detector, threshold, args)
 
 
-def predict(
-    fields: pd.DataFrame, annotations: pd.DataFrame | None, network, config: dict, threshold: float, args
-) -> int:
+def predict(fields: pd.DataFrame, annotations: pd.DataFrame | None, detector: Detector, threshold: float, args) -> int:
     """Scan every image, write what is found and judge it where there are annotations; 1 if an image was skipped."""
     model_path, out = Path(args.model_path), Path(args.out)
     smallest = min(args.smallest, threshold)
     # Judged is everything: on another laboratory's stain the best threshold can lie below what is worth writing.
     looked_for = smallest if annotations is None else 0.0
-    model_sha256 = sha256(model_path)
     tables, counts, entries, skipped = [], [], [], {}
     for field in tqdm(list(fields.itertuples()), desc="images", unit="image"):
         folder = out / file_name(field.image, safe=" ")
@@ -122,17 +121,12 @@ def predict(
                 )
                 overview, tissue = look_over(slide, um_per_px, args.whole_px, args.workers)
                 detections = find_mitoses(
-                    network,
-                    config,
+                    detector,
                     slide,
                     um_per_px,
                     tissue,
                     folder / "scan.json",
-                    model_sha256,
                     batch_size=args.batch_size,
-                    per_mm2=args.per_mm2,
-                    merge_um=args.merge_um,
-                    views=args.views,
                     smallest=looked_for,
                     workers=args.workers,
                     resume=args.resume,
@@ -162,22 +156,22 @@ def predict(
 
     if not tables:
         raise InputError(f"none of the {len(fields)} images could be read; the first: {next(iter(skipped.values()))}")
-    detections, counts = pd.concat(tables, ignore_index=True), pd.DataFrame(counts).assign(model_sha256=model_sha256)
+    detections, counts = pd.concat(tables, ignore_index=True), pd.DataFrame(counts).assign(model_sha256=detector.sha256)
     write_detections(out / "detections.csv", detections[detections["probability"] >= smallest])
     write_counts(out / "counts.csv", counts)
-    judged = judge(out, annotations, detections, counts, threshold, args, model_sha256)
+    judged = judge(out, annotations, detections, counts, threshold, args, detector.sha256)
     run = record_run(
         out,
         args,
         inputs={model_path: 1, args.data_root or "images": len(fields)},
-        device=next(network.parameters()).device,
-        model_sha256=model_sha256,
+        device=next(detector.network.parameters()).device,
+        model_sha256=detector.sha256,
         threshold=threshold,
         skipped=skipped,
     )
     if args.report:
-        calibrated = any(config.get(name, value) != value for name, value in UNCALIBRATED.items())
-        calibration = "probabilities calibrated on val" if calibrated else "probabilities not calibrated"
+        fitted = detector.calibration.fitted
+        calibration = "probabilities calibrated on val" if fitted else "probabilities not calibrated"
         write_report(out / "report.html", entries, skipped, threshold, calibration, run)
     print(summary(counts, skipped))
     if judged:

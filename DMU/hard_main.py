@@ -21,12 +21,12 @@ from tqdm import tqdm
 from dasc.data.patches import load_patches
 from dasc.data.tables import LABELS, read_patches
 from dasc.errors import InputError
-from dasc.files import sha256, write_csv
+from dasc.files import write_csv
 from dasc.model.augment import training_view
-from dasc.model.checkpoint import load_backbone_weights, read_tensors, save_checkpoint
+from dasc.model.checkpoint import load_initial_weights, read_last, save_checkpoint, training_settings
 from dasc.model.difficulty import CHECKED_COLUMNS, join_by_patch, read_hard, validated
 from dasc.model.loop import batches, check_batch
-from dasc.model.network import SearchNetwork
+from dasc.model.network import CamNetwork
 from dasc.report.plots import curves
 from dasc.run import pick_device, positive, record_run, run_script, true_or_false
 
@@ -98,13 +98,13 @@ def main(args: argparse.Namespace) -> int:
         elif label not in learnable:
             print(f"{word}: {count} hard patches of one level, nothing to tell apart: all are kept")
 
-    unsettled = ("out", "keep_share", "device", "workers", "resume")
-    settings = {key: value for key, value in vars(args).items() if key not in unsettled}
-    settings |= {"manifest_sha256": sha256(manifest), "hard_sha256": sha256(hard_path)}
+    settings = training_settings(args, manifest=args.manifest, hard=args.hard, init_weights=args.init_weights)
+    del settings["keep_share"]
     state = {"log": [], "seen": torch.zeros(len(table), dtype=torch.long), "settings": settings}
     state["correct"] = state["seen"].clone()
     if args.resume and learnable:
-        state = read_state(out / "last.pt", settings)
+        keys = ("log", "seen", "correct", "model", "optimizer")
+        state = read_last(out / "last.pt", settings, keys)
     pictures = {}  # of both labels, before hours of training on one
     for label in learnable:
         files = [manifest.parent / patch for patch in table.loc[table["label"] == label, "patch"]]
@@ -150,10 +150,10 @@ def learn_levels(
     if done == args.epochs:
         return
     torch.manual_seed(args.seed)
-    network = SearchNetwork(args.backbone, args.stride, args.pretrained and not args.init_weights and not done)
+    network = CamNetwork(args.backbone, args.stride, args.pretrained and not args.init_weights and not done)
     network.cam_head = nn.Conv2d(network.cam_head.in_channels, args.levels, kernel_size=1)
     if args.init_weights:
-        load_backbone_weights(network, Path(args.init_weights))
+        load_initial_weights(network, Path(args.init_weights))
     network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
     if done:
@@ -215,23 +215,6 @@ def predict(network, pictures, generator, strengths, autocast, batch_size) -> to
             raise InputError("the network's outputs are not finite: the training has diverged; lower --lr")
         predicted.append(logits.argmax(dim=1).cpu())
     return torch.cat(predicted)
-
-
-def read_state(path: Path, settings: dict) -> dict:
-    """The state of an interrupted run; refuses one of other settings or tables."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; nothing to go on from, leave out --resume")
-    state = read_tensors(path)
-    if not isinstance(state, dict) or not {"settings", "log", "seen", "correct", "model", "optimizer"} <= state.keys():
-        raise InputError(f"{path}: not a checkpoint of this script; leave out --resume")
-    begun = state["settings"] if isinstance(state["settings"], dict) else {}
-    for name, table in (("manifest_sha256", "--manifest"), ("hard_sha256", "--hard")):
-        if begun.get(name) != settings[name]:
-            raise InputError(f"{path}: was begun with another table than {table} names; leave out --resume")
-    for name, value in settings.items():
-        if begun.get(name) != value:
-            raise InputError(f"{path}: was begun with --{name} {begun.get(name)}, not {value}")
-    return state
 
 
 def draw_log(path: Path, log: pd.DataFrame) -> None:

@@ -17,17 +17,23 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from sklearn.decomposition import PCA
 from tqdm import tqdm
 
 from dasc.data.patches import load_patches
-from dasc.data.tables import LABELS, read_cut_fields, read_cut_run, read_patches
-from dasc.detect.val import check_val_fields, threshold_on_val
+from dasc.data.tables import LABELS, ValFields, read_cut_fields, read_cut_run, read_patches
+from dasc.detect.val import fit_to_val
 from dasc.errors import InputError
-from dasc.files import replacing, sha256, write_csv
+from dasc.files import sha256, write_csv
 from dasc.model.augment import located_view
-from dasc.model.checkpoint import blend, check_same_run, load_backbone_weights, read_checkpoint, save_checkpoint
+from dasc.model.checkpoint import (
+    Detector,
+    interpolate,
+    load_initial_weights,
+    read_last,
+    save_checkpoint,
+    save_detector,
+    training_settings,
+)
 from dasc.model.clusters import concentration, subclasses
 from dasc.model.difficulty import join_by_patch, read_scl
 from dasc.model.inference import embed_patches, score_patches
@@ -39,8 +45,8 @@ from dasc.model.losses import (
     subclass_temperatures,
     supervised_contrastive,
 )
-from dasc.model.network import CLASSES, SearchNetwork, fold_batch_norms, update_average
-from dasc.report.plots import contact_sheet, curves, precision_recall
+from dasc.model.network import CamNetwork, fold_batch_norms, update_average
+from dasc.report.plots import contact_sheet, detector_curves, embedding, reliability
 from dasc.run import pick_device, positive, record_run, run_script, share, true_or_false
 
 # Edit here, or override one run with the flag of the same name.
@@ -142,7 +148,9 @@ def main(args: argparse.Namespace) -> int:
             raise InputError(f"{manifest}: split val has no {word} patch ({len(val)} in all); see --val of stage 1")
     cut = read_cut_run(manifest.parent)["arguments"]
     data_root, fields, annotations = read_cut_fields(manifest.parent, args.data_root)
-    check_val_fields(data_root, fields)
+    for path in fields.loc[fields["split"] == "val", "path"]:
+        if not (data_root / path).is_file():
+            raise InputError(f"{data_root / path}: this val field is gone; --data_root names the dataset's folder")
     train_patches, val_patches = (
         load_patches([manifest.parent / patch for patch in part["patch"]], args.workers) for part in (train, val)
     )
@@ -156,30 +164,16 @@ def main(args: argparse.Namespace) -> int:
     difficulty = torch.where(levels == args.levels, 0.0, (levels + 1) / args.levels)
 
     torch.manual_seed(args.seed)
-    network = SearchNetwork(args.backbone, args.stride, args.pretrained and not args.init_weights and not args.resume)
-    start = load_backbone_weights(network, Path(args.init_weights)) if args.init_weights else None
+    network = CamNetwork(args.backbone, args.stride, args.pretrained and not args.init_weights and not args.resume)
+    start = load_initial_weights(network, Path(args.init_weights)) if args.init_weights else None
     network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
-    config = {
-        "backbone": args.backbone,
-        "stride": args.stride,
-        "patch_size": patch_size,
-        "um_per_px": cut["patch_um_per_px"],
-        "normalise_stain": cut["normalise_stain"],
-        "classes": list(CLASSES),
-        "threshold": 0.5,
-        "manifest_sha256": sha256(manifest),
-        "scl_sha256": sha256(scl_path),
-    }
-    unsettled = ("out", "start_share", "device", "workers", "resume")  # no epoch depends on these
-    settings = {key: value for key, value in vars(args).items() if key not in unsettled}
+    settings = training_settings(args, manifest=args.manifest, scl=args.scl, init_weights=args.init_weights)
     average = copy.deepcopy(network).eval()
     log, best, groups, spreads = [], None, torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.double)
     if args.resume:
-        checkpoint = read_checkpoint(out / "last.pt")
-        check_same_run(out / "last.pt", checkpoint, settings, config)
-        if checkpoint["config"].get("scl_sha256") != config["scl_sha256"]:
-            raise InputError(f"{out / 'last.pt'}: was trained on another SCL.csv than {scl_path}; leave out --resume")
+        keys = ("model", "average", "optimizer", "log", "best", "groups", "spreads")
+        checkpoint = read_last(out / "last.pt", settings, keys)
         network.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         average.load_state_dict(checkpoint["average"])
@@ -205,7 +199,7 @@ def main(args: argparse.Namespace) -> int:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 maps = network.features(views)
                 cam = network.cam(maps)
-            cam, embedding = cam.float(), F.normalize(maps.float().mean(dim=(2, 3)), dim=1)
+            cam, direction = cam.float(), F.normalize(maps.float().mean(dim=(2, 3)), dim=1)
             batch_labels, batch_levels, hardness = (x[batch].to(device) for x in (labels, levels, difficulty))
             classification = graded_cross_entropy(
                 cam.amax(dim=(2, 3)),
@@ -217,11 +211,11 @@ def main(args: argparse.Namespace) -> int:
                 args.gce_q,
             )
             if epoch < args.warmup:
-                contrastive = supervised_contrastive(embedding, batch_labels, args.temperature)
+                contrastive = supervised_contrastive(direction, batch_labels, args.temperature)
             else:
                 softer = 1 + args.level_temperature * hardness
                 contrastive = subclass_contrastive(
-                    embedding,
+                    direction,
                     batch_labels,
                     groups[batch].to(device),
                     args.temperature * softer,
@@ -255,38 +249,40 @@ def main(args: argparse.Namespace) -> int:
         state = {"model": network.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"log": log, "best": best, "groups": groups, "spreads": spreads}
         write_csv(out / "log.csv", pd.DataFrame(log).round(6))  # before last.pt: with that, the epoch is done
-        save_checkpoint(out / "last.pt", {**state, "config": config, "settings": settings})
+        save_checkpoint(out / "last.pt", {**state, "settings": settings})
 
     if start:
-        best = blend(best, start, args.start_share)
+        best = interpolate(best, start, args.start_share)
         print(f"the kept weights lie {args.start_share:.0%} of the way back to {args.init_weights}")
     average.load_state_dict(best)
-    folded = fold_batch_norms(average)
-    facts, curve = threshold_on_val(
-        folded,
-        config,
-        data_root,
-        fields,
-        annotations,
-        batch_size=2 * args.batch_size,
+    detector = Detector(
+        network=fold_batch_norms(average),
+        patch_size=patch_size,
+        patch_um_per_px=cut["patch_um_per_px"],
+        normalise_stain=cut["normalise_stain"],
         per_mm2=args.per_mm2,
-        match_um=args.match_um,
+        merge_um=args.match_um,
         views=args.views,
-        reliability_path=out / "reliability.png",
+        manifest_sha256=sha256(manifest),
     )
-    config |= facts
-    features, _ = embed_patches(folded, train_patches, 2 * args.batch_size)
+    val_fields = ValFields(data_root, fields[fields["split"] == "val"], annotations[annotations["label"] == 1])
+    detector, curve, probabilities, right = fit_to_val(
+        detector, val_fields, batch_size=2 * args.batch_size, match_um=args.match_um
+    )
+    reliability(out / "reliability.png", probabilities, right, detector.calibration)
+    features, _ = embed_patches(detector.network, train_patches, 2 * args.batch_size)
     train["subclass"] = subclasses(features, labels.numpy(), args.subclasses, args.seed)
-    save_checkpoint(out / "model.pt", {"model": best, "config": config})
+    save_detector(out / "model.pt", detector, best, scl_sha256=sha256(scl_path))
     write_csv(out / "subclasses.csv", train[["patch", "label", "level", "subclass"]])
     write_csv(out / "val_curve.csv", curve.round(6))
     panels = {name: [name] for name in LOSSES} | {"F1 of the val patches": ["val_f1"]}
-    curves(out / "curves.png", pd.DataFrame(log), panels)
-    precision_recall(out / "val_curve.png", curve, config["threshold"])
+    detector_curves(out, pd.DataFrame(log), panels, curve, detector.threshold)
     draw_subclasses(out / "subclasses.png", train, train_patches, args)
-    draw_embedding(out / "embedding.png", train, features, args.levels)
+    level = train["level"].map(lambda level: "clean" if level == args.levels else f"level {level}")
+    subclass = train["label"].map(LABELS) + " " + train["subclass"].astype(str)
+    embedding(out / "embedding.png", features, {"subclass": subclass, "level": level})
     epoch = max(range(len(log)), key=lambda index: log[index]["val_f1"])
-    facts = {"patches": len(train), "best_epoch": epoch, "threshold": config["threshold"]}
+    facts = {"patches": len(train), "best_epoch": epoch, "threshold": detector.threshold}
     facts["skipped_patches"] = sum(row["skipped"] for row in log)  # of steps without a finite loss
     facts["start_share"] = args.start_share if start else 0.0
     facts["subclasses"] = {
@@ -297,7 +293,7 @@ def main(args: argparse.Namespace) -> int:
             print(f"{word}: {count} subclasses, not {args.subclasses}: its patches give no more different features")
     record_run(out, args, inputs={manifest: len(table), scl_path: len(train)}, device=device, **facts)
     f1 = curve["f1"].max() if len(curve) else 0.0
-    print(f"best epoch {epoch}; val fields: F1 {f1:.3f} at best; threshold {config['threshold']:.3f}")
+    print(f"best epoch {epoch}; val fields: F1 {f1:.3f} at best; threshold {detector.threshold:.3f}")
     print(f"wrote {out / 'model.pt'}")
     return 0
 
@@ -332,23 +328,6 @@ def draw_subclasses(path: Path, train: pd.DataFrame, patches: torch.Tensor, args
         title = f"{LABELS[label]}: subclass {subclass}, {len(rows)} patches, shown here"
         sheet.append((title, patches[shown].permute(0, 2, 3, 1).numpy(), captions))
     contact_sheet(path, sheet, per_group=args.per_group)
-
-
-def draw_embedding(path: Path, train: pd.DataFrame, features: np.ndarray, levels: int) -> None:
-    """First two principal components of the L2-normalised features, coloured by subclass and by level."""
-    directions = features / np.linalg.norm(features, axis=1, keepdims=True).clip(min=1e-12)
-    places = PCA(2, random_state=0).fit_transform(directions)
-    level = train["level"].map(lambda level: "clean" if level == levels else f"level {level}")
-    subclass = train["label"].map(LABELS) + " " + train["subclass"].astype(str)
-    figure = Figure(figsize=(15, 5.5), layout="constrained")
-    for axis, (title, names) in zip(figure.subplots(1, 2), {"subclass": subclass, "level": level}.items(), strict=True):
-        for name in sorted(names.unique()):
-            mine = (names == name).to_numpy()
-            axis.scatter(*places[mine].T, s=8, alpha=0.6, linewidths=0, label=f"{name} ({mine.sum()})")
-        axis.set(title=f"by {title}", xlabel="first component", ylabel="second component")
-        axis.legend(markerscale=2, loc="upper left", bbox_to_anchor=(1, 1))  # beside, to hide no patch
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from dasc.data.splits import nucleus_of
 from dasc.data.tables import LABELS, read_cut_run, read_patches
 from dasc.errors import InputError
 from dasc.files import sha256, write_csv
-from dasc.model.checkpoint import check_same_run, load_backbone_weights, read_checkpoint, save_checkpoint
+from dasc.model.checkpoint import load_initial_weights, read_last, save_checkpoint, training_settings
 from dasc.model.loop import check_batch
 from dasc.model.losses import generalised_cross_entropy
 from dasc.model.memory import STATES, UNSEEN, VIEWS, Memory, Settings, noise_score, start, thresholds, update
@@ -114,7 +114,7 @@ def main(args: argparse.Namespace) -> int:
     network = DualNetwork(args.backbone, args.stride, args.pretrained and not args.init_weights and not args.resume)
     if args.init_weights:
         for branch in (network.weak, network.strong):
-            load_backbone_weights(branch, Path(args.init_weights))
+            load_initial_weights(branch, Path(args.init_weights))
     network.to(device, memory_format=torch.channels_last)
     weights = weights.to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
@@ -129,7 +129,7 @@ def main(args: argparse.Namespace) -> int:
         "threshold": 0.5,
         "manifest_sha256": sha256(manifest),
     }
-    settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "workers", "resume")}
+    settings = training_settings(args, manifest=args.manifest, init_weights=args.init_weights)
     units = Settings(
         confidence_start=args.confidence_start or 1 / len(train),
         confidence_momentum=args.confidence_momentum,
@@ -138,8 +138,7 @@ def main(args: argparse.Namespace) -> int:
     )
     memory, log = start(len(train), units), []
     if args.resume:
-        checkpoint = read_checkpoint(out / "last.pt")
-        check_same_run(out / "last.pt", checkpoint, settings, config)
+        checkpoint = read_last(out / "last.pt", settings, ("model", "optimizer", "memory", "log"))
         network.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         memory, log = Memory(**checkpoint["memory"]), checkpoint["log"]

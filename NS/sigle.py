@@ -20,17 +20,25 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from dasc.data.patches import load_patches
-from dasc.data.tables import LABELS, read_cut_fields, read_cut_run, read_patches
-from dasc.detect.val import check_val_fields, judge_patches, threshold_on_patches, threshold_on_val
+from dasc.data.tables import LABELS, ValFields, read_cut_fields, read_cut_run, read_patches
+from dasc.detect.val import fit_to_patches, fit_to_val, judge_patches
 from dasc.errors import InputError
 from dasc.files import sha256, write_csv, write_json
 from dasc.model.augment import training_view
-from dasc.model.checkpoint import blend, check_same_run, load_backbone_weights, read_checkpoint, save_checkpoint
+from dasc.model.checkpoint import (
+    Detector,
+    interpolate,
+    load_initial_weights,
+    read_last,
+    save_checkpoint,
+    save_detector,
+    training_settings,
+)
 from dasc.model.difficulty import join_by_patch, read_verdicts
 from dasc.model.inference import score_patches
 from dasc.model.loop import balanced_order, batches, best_f1, check_batch, cosine
-from dasc.model.network import CLASSES, SearchNetwork, fold_batch_norms, update_average
-from dasc.report.plots import curves, precision_recall
+from dasc.model.network import CamNetwork, fold_batch_norms, update_average
+from dasc.report.plots import detector_curves, reliability
 from dasc.run import pick_device, positive, record_run, run_script, share, true_or_false
 
 # Edit here, or override one run with the flag of the same name.
@@ -112,7 +120,11 @@ def main(args: argparse.Namespace) -> int:
     cut, cut_fields = run["arguments"], None
     if run["data_root"] is not None:
         cut_fields = read_cut_fields(manifest.parent, args.data_root)
-        check_val_fields(*cut_fields[:2])
+        for path in cut_fields[1].loc[cut_fields[1]["split"] == "val", "path"]:
+            if not (cut_fields[0] / path).is_file():
+                raise InputError(
+                    f"{cut_fields[0] / path}: this val field is gone; --data_root names the dataset's folder"
+                )
     train_patches, val_patches = (
         load_patches([manifest.parent / patch for patch in part["patch"]], args.workers) for part in (train, val)
     )
@@ -120,31 +132,16 @@ def main(args: argparse.Namespace) -> int:
 
     check_batch(args.batch_size, train_patches.shape[-1], args.stride)
     torch.manual_seed(args.seed)
-    network = SearchNetwork(args.backbone, args.stride, args.pretrained and not args.init_weights and not args.resume)
-    start = load_backbone_weights(network, Path(args.init_weights)) if args.init_weights else None
+    network = CamNetwork(args.backbone, args.stride, args.pretrained and not args.init_weights and not args.resume)
+    start = load_initial_weights(network, Path(args.init_weights)) if args.init_weights else None
     network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
-    config = {
-        "backbone": args.backbone,
-        "stride": args.stride,
-        "patch_size": train_patches.shape[-1],
-        "um_per_px": cut["patch_um_per_px"],
-        "normalise_stain": cut["normalise_stain"],
-        "classes": list(CLASSES),
-        "threshold": 0.5,
-        "manifest_sha256": sha256(manifest),
-    }
-    if args.hard:
-        config["hard_sha256"] = sha256(Path(args.hard))
-    unsettled = ("out", "start_share", "device", "workers", "resume")  # no epoch depends on these
-    settings = {key: value for key, value in vars(args).items() if key not in unsettled}
+    settings = training_settings(args, manifest=args.manifest, hard=args.hard, init_weights=args.init_weights)
     average = copy.deepcopy(network).eval()
     log, best = [], None
     if args.resume:
-        checkpoint = read_checkpoint(out / "last.pt")
-        check_same_run(out / "last.pt", checkpoint, settings, config)
-        if checkpoint["config"].get("hard_sha256") != config.get("hard_sha256"):
-            raise InputError(f"{out / 'last.pt'}: was trained on another hard.csv than {args.hard}; leave out --resume")
+        keys = ("model", "average", "optimizer", "log", "best")
+        checkpoint = read_last(out / "last.pt", settings, keys)
         network.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         average.load_state_dict(checkpoint["average"])
@@ -185,47 +182,52 @@ def main(args: argparse.Namespace) -> int:
         if best is None or val_f1 > max(row["val_f1"] for row in log[:-1]):
             best = {name: tensor.clone() for name, tensor in average.state_dict().items()}
         state = {"model": network.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-        state |= {"log": log, "best": best, "config": config, "settings": settings}
+        state |= {"log": log, "best": best, "settings": settings}
         write_csv(out / "log.csv", pd.DataFrame(log).round(6))  # before last.pt: with that, the epoch is done
         save_checkpoint(out / "last.pt", state)
 
     if start:
-        best = blend(best, start, args.start_share)
+        best = interpolate(best, start, args.start_share)
         print(f"the kept weights lie {args.start_share:.0%} of the way back to {args.init_weights}")
     average.load_state_dict(best)
-    folded = fold_batch_norms(average)
+    detector = Detector(
+        network=fold_batch_norms(average),
+        patch_size=train_patches.shape[-1],
+        patch_um_per_px=cut["patch_um_per_px"],
+        normalise_stain=cut["normalise_stain"],
+        per_mm2=args.per_mm2,
+        merge_um=args.match_um,
+        views=args.views,
+        manifest_sha256=sha256(manifest),
+    )
     if cut_fields:
-        facts, curve = threshold_on_val(
-            folded,
-            config,
-            *cut_fields,
-            batch_size=2 * args.batch_size,
-            per_mm2=args.per_mm2,
-            match_um=args.match_um,
-            views=args.views,
-            reliability_path=out / "reliability.png",
+        root, fields, annotations = cut_fields
+        val_fields = ValFields(root, fields[fields["split"] == "val"], annotations[annotations["label"] == 1])
+        detector, curve, probabilities, right = fit_to_val(
+            detector, val_fields, batch_size=2 * args.batch_size, match_um=args.match_um
         )
-        config |= facts
+        reliability(out / "reliability.png", probabilities, right, detector.calibration)
     else:
-        scores = score_patches(folded, val_patches, 2 * args.batch_size, args.views)
-        config["threshold"], curve = threshold_on_patches(val["label"].to_numpy(), scores.numpy())
+        scores = score_patches(detector.network, val_patches, 2 * args.batch_size, args.views)
+        detector, curve = fit_to_patches(detector, val["label"].to_numpy(), scores.numpy())
         test = table[table["split"] == "test"]
         if len(test):  # predict.py cannot judge patches that come from no fields
             patches = load_patches([manifest.parent / patch for patch in test["patch"]], args.workers)
-            scores = score_patches(folded, patches, 2 * args.batch_size, args.views)
-            write_json(out / "test.json", judge_patches(test["label"].to_numpy(), scores.numpy(), config["threshold"]))
-    save_checkpoint(out / "model.pt", {"model": best, "config": config})
+            scores = score_patches(detector.network, patches, 2 * args.batch_size, args.views)
+            write_json(out / "test.json", judge_patches(test["label"].to_numpy(), scores.numpy(), detector.threshold))
+    hard_sha256 = sha256(Path(args.hard)) if args.hard else None
+    save_detector(out / "model.pt", detector, best, hard_sha256=hard_sha256)
     write_csv(out / "val_curve.csv", curve.round(6))
-    curves(out / "curves.png", pd.DataFrame(log), {"cross entropy": ["loss"], "F1 of the val patches": ["val_f1"]})
-    precision_recall(out / "val_curve.png", curve, config["threshold"])
+    panels = {"cross entropy": ["loss"], "F1 of the val patches": ["val_f1"]}
+    detector_curves(out, pd.DataFrame(log), panels, curve, detector.threshold)
     epoch = max(range(len(log)), key=lambda index: log[index]["val_f1"])
     skipped = sum(row["skipped"] for row in log)  # patches of steps without a finite loss
-    facts = {"best_epoch": epoch, "threshold": config["threshold"], "skipped_patches": skipped}
+    facts = {"best_epoch": epoch, "threshold": detector.threshold, "skipped_patches": skipped}
     facts["start_share"] = args.start_share if start else 0.0
     record_run(out, args, inputs=inputs, device=device, **facts)
     f1 = curve["f1"].max() if len(curve) else 0.0
     judged = "fields" if cut_fields else "patches"
-    print(f"best epoch {epoch}; val {judged}: F1 {f1:.3f} at best; threshold {config['threshold']:.3f}")
+    print(f"best epoch {epoch}; val {judged}: F1 {f1:.3f} at best; threshold {detector.threshold:.3f}")
     print(f"wrote {out / 'model.pt'}")
     return 0
 

@@ -21,7 +21,7 @@ from dasc.data.patches import copy_patches, load_patches, read_patch, write_patc
 from dasc.data.tables import PATCHES, read_cut_run, read_patches
 from dasc.errors import InputError
 from dasc.files import check_replaceable, replacing_folder, sha256, write_csv
-from dasc.model.checkpoint import load_network
+from dasc.model.checkpoint import load_detector
 from dasc.model.inference import embed_patches
 from dasc.report.plots import contact_sheet
 from dasc.run import only_run, pick_device, positive, record_run, run_script, true_or_false
@@ -81,10 +81,11 @@ def main(args: argparse.Namespace) -> int:
     check_replaceable(out, "mined.csv")
     device = pick_device(args.device)
     table = read_patches(manifest)
-    network, config = load_network(model, device)
-    if config["manifest_sha256"] != sha256(manifest):
+    detector = load_detector(model, device)
+    network = detector.network
+    if detector.manifest_sha256 != sha256(manifest):
         raise InputError(f"{model}: was not trained on {manifest}, so its errors on that val split say nothing")
-    sizes = pool_sizes(manifest, Path(args.pool), config)
+    sizes = pool_sizes(manifest, Path(args.pool), detector.patch_size)
     pool_folder, pool = read_pool(Path(args.pool), args.unknown_slides)
 
     held = set(table.loc[table["split"] != "train", "case"])
@@ -137,7 +138,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def pool_sizes(manifest: Path, pool: Path, config: dict) -> tuple[int, int]:
+def pool_sizes(manifest: Path, pool: Path, patch_size: int) -> tuple[int, int]:
     """Side of a pool patch in px as it must be on disk, and as the network takes it; checks a pool that was cut."""
     cut = read_cut_run(manifest.parent)["arguments"]
     if pool.is_file() and (pool.parent / "run.json").is_file():
@@ -145,7 +146,7 @@ def pool_sizes(manifest: Path, pool: Path, config: dict) -> tuple[int, int]:
         for name in ("patch_um_per_px", "normalise_stain"):
             if pool_cut[name] != cut[name]:
                 raise InputError(f"{pool}: cut with {name} {pool_cut[name]}, the labelled patches with {cut[name]}")
-    return cut.get("source_px", config["patch_size"]), config["patch_size"]
+    return cut.get("source_px", patch_size), patch_size
 
 
 def find_false_positives(table: pd.DataFrame, network, args: argparse.Namespace) -> tuple[pd.DataFrame, np.ndarray]:

@@ -34,7 +34,7 @@ from dasc.errors import InputError, WriteError
 from dasc.files import check_replaceable, file_name, put_in_place, sha256, write_csv, write_json, writing
 from dasc.images.read import read_field, resolution
 from dasc.images.stain import normalise_stain
-from dasc.model.checkpoint import load_network
+from dasc.model.checkpoint import Detector, load_detector
 from dasc.run import pick_device, positive, record_run, run_script, true_or_false
 
 # Edit here, or override one run with the flag of the same name.
@@ -115,8 +115,9 @@ def main(args: argparse.Namespace) -> int:
     network = device = None
     if args.fp_mdoel:
         device = pick_device(args.device)
-        network, config = load_network(Path(args.model_path), device)
-        check_model(config, args)
+        detector = load_detector(Path(args.model_path), device)
+        network = detector.network
+        check_model(detector, args)
     out = out_folder(args)
     partial = start(out, args, dataset)
 
@@ -152,15 +153,15 @@ def out_folder(args: argparse.Namespace) -> Path:
     return Path(args.out or ("data/patches_ns" if args.fp_mdoel else "data/patches"))
 
 
-def check_model(config: dict, args: argparse.Namespace) -> None:
+def check_model(detector: Detector, args: argparse.Namespace) -> None:
     wanted = {
-        "patch_size": args.patch_size,
-        "um_per_px": args.patch_um_per_px,
-        "normalise_stain": args.normalise_stain,
+        "patch_size": (detector.patch_size, args.patch_size),
+        "um_per_px": (detector.patch_um_per_px, args.patch_um_per_px),
+        "normalise_stain": (detector.normalise_stain, args.normalise_stain),
     }
-    for name, value in wanted.items():
-        if config[name] != value:
-            raise InputError(f"{args.model_path}: trained at {name} {config[name]}, these patches have {value}")
+    for name, (trained, value) in wanted.items():
+        if trained != value:
+            raise InputError(f"{args.model_path}: trained at {name} {trained}, these patches have {value}")
 
 
 def start(out: Path, args: argparse.Namespace, dataset: Dataset) -> Path:

@@ -62,9 +62,9 @@ from dasc.detect.image import look_over
 from dasc.detect.resume import SavedScan
 from dasc.errors import InputError
 from dasc.images.read import find_images, read_field, read_um_per_px
-from dasc.model.checkpoint import load_backbone_weights
+from dasc.model.checkpoint import load_initial_weights
 from dasc.model.difficulty import read_checked, read_hard, read_memory, read_scl
-from dasc.model.network import SearchNetwork
+from dasc.model.network import CamNetwork
 from dasc.weak.pool import read_pool
 
 LIMIT_S = 30  # for one input
@@ -208,7 +208,7 @@ KINDS = {
         backbones,
         only("weights.pt"),
         change_checkpoint,
-        lambda folder: load_backbone_weights(SearchNetwork(BACKBONE, 16), folder / "weights.pt"),
+        lambda folder: load_initial_weights(CamNetwork(BACKBONE, 16), folder / "weights.pt"),
     ),
 }
 

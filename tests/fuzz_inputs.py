@@ -17,7 +17,7 @@ from PIL import Image
 
 from dasc.data.tables import PATCHES
 from dasc.model.difficulty import CHECKED_COLUMNS, HARD_COLUMNS, MEMORY_COLUMNS, SCL_COLUMNS
-from dasc.model.network import SearchNetwork
+from dasc.model.network import CamNetwork
 
 BACKBONE = "mobilenetv3_small_050"
 
@@ -338,10 +338,11 @@ def scans() -> list[Files]:
 
 def checkpoints() -> list[Files]:
     torch.manual_seed(0)
-    network = SearchNetwork(BACKBONE, 16)
+    network = CamNetwork(BACKBONE, 16)
     curve = {"threshold": [0.2, 0.5], "precision": [0.5, 0.8], "recall": [0.9, 0.4], "f1": [0.6, 0.5]}
     config = {"backbone": BACKBONE, "stride": 16, "patch_size": 32, "um_per_px": 0.25, "normalise_stain": True}
     config |= {"classes": ["negative", "mitosis"], "threshold": 0.3, "manifest_sha256": "ab", "temperature": 1.5}
+    config |= {"network": "cam", "alignment": -2.0, "per_mm2": 3000.0, "merge_um": 7.5, "views": 8}
     file = io.BytesIO()
     torch.save({"model": network.state_dict(), "config": config | {"offset": -1.0, "val_curve": curve}}, file)
     return [{"model.pt": file.getvalue(), "a.png": PNG}]
@@ -349,5 +350,5 @@ def checkpoints() -> list[Files]:
 
 def backbones() -> list[Files]:
     file = io.BytesIO()
-    torch.save(SearchNetwork(BACKBONE, 16).backbone.state_dict(), file)
+    torch.save(CamNetwork(BACKBONE, 16).backbone.state_dict(), file)
     return [{"weights.pt": file.getvalue()}]

@@ -11,7 +11,7 @@ from pipeline import LIGHT, fails, succeed
 
 from dasc.data.splits import nucleus_of
 from dasc.model.checkpoint import read_checkpoint
-from dasc.model.network import DualNetwork, SearchNetwork
+from dasc.model.network import CamNetwork, DualNetwork
 
 SHORT = ["--epochs", 3, "--count_after", 1, "--warmup", 1]
 COLUMNS = ["patch", "label", "origin", "clean", "hard", "noisy", "learned", "forgotten", "confidence_weak"]
@@ -80,7 +80,7 @@ def test_resume_refuses_another_manifest_and_other_settings(small_run, finished,
     table.drop(index=table.index[table["split"] == "train"][0]).to_csv(path, index=False)
     again = [*LIGHT, *SHORT, "--manifest", path, "--out", tmp_path / "DMU", "--resume"]
     before = (tmp_path / "DMU/memory.csv").read_bytes()
-    fails("DMU/main.py", *again, says="another manifest")
+    fails("DMU/main.py", *again, says="another table than --manifest")
     fails("DMU/main.py", *flags(small_run, tmp_path / "DMU", "--resume", "--bias_correction", "False"), says="--bias_c")
     fails("DMU/main.py", *flags(small_run, tmp_path / "empty", "--resume"), says="last.pt")
     assert (tmp_path / "DMU/memory.csv").read_bytes() == before
@@ -128,7 +128,7 @@ def test_dual_network_is_two_search_networks_and_a_fused_head():
     logits, features = network(weak, strong)
     assert logits.shape == (3, 3, 2) and features.shape == (3, network.width) == (3, 96)
     for view, patches, branch in ((0, weak, network.weak), (1, strong, network.strong)):
-        assert isinstance(branch, SearchNetwork) and torch.allclose(logits[view], branch(patches), atol=1e-4)
+        assert isinstance(branch, CamNetwork) and torch.allclose(logits[view], branch(patches), atol=1e-4)
     both = torch.cat([network.weak.features(weak), network.strong.features(strong)], dim=1)
     assert torch.allclose(logits[2], network.fused_head(both).amax(dim=(2, 3)), atol=1e-4)
     assert torch.allclose(features, both.mean(dim=(2, 3)), atol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pipeline import LIGHT, fails, succeed
 
-from dasc.model.checkpoint import load_network, read_checkpoint
+from dasc.model.checkpoint import load_detector, read_checkpoint
 
 SHORT = ["--epochs", 4, "--warmup", 1, "--cluster_every", 2, "--subclasses", 2, "--views", 1]
 
@@ -47,8 +47,8 @@ def test_outputs(small_run, scl, finished):
     for name in ("curves.png", "subclasses.png", "embedding.png", "val_curve.png"):
         assert (finished / name).stat().st_size > 1000
     assert json.loads((finished / "run.json").read_text())["patches"] == len(kept)
-    network, config = load_network(finished / "model.pt", torch.device("cpu"))
-    assert network(torch.rand(2, 3, 64, 64)).shape == (2, 2) and config["patch_size"] == 64
+    detector = load_detector(finished / "model.pt", torch.device("cpu"))
+    assert detector.network(torch.rand(2, 3, 64, 64)).shape == (2, 2) and detector.patch_size == 64
 
 
 def test_predict_runs_with_its_model(small_run, finished, tmp_path):
@@ -64,7 +64,11 @@ def test_resume_of_a_finished_run_and_with_another_table(small_run, scl, finishe
     whole = scl.read_bytes()
     scl.write_bytes(whole.rsplit(b"\n", 2)[0] + b"\n")
     try:
-        fails("DMU/hard_scl_main.py", *flags(small_run, scl, tmp_path / "out", "--resume"), says="another SCL.csv")
+        fails(
+            "DMU/hard_scl_main.py",
+            *flags(small_run, scl, tmp_path / "out", "--resume"),
+            says="another table than --scl",
+        )
     finally:
         scl.write_bytes(whole)
 

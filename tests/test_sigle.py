@@ -104,7 +104,7 @@ def test_noisy_patches_are_left_out(small_run, tmp_path):
 
     again = [*flags(small_run, out), "--epochs", 1, "--hard", hard]
     rows.assign(verdict="clean").to_csv(hard, index=False)
-    fails("NS/sigle.py", *again, "--resume", says="another hard.csv")
+    fails("NS/sigle.py", *again, "--resume", says="another table than --hard")
     rows.assign(verdict="nosy").to_csv(hard, index=False)
     fails("NS/sigle.py", *again, says="expected one of clean, hard, noisy, dropped")
     rows[1:].to_csv(hard, index=False)

@@ -7,11 +7,12 @@ import cv2
 import numpy as np
 import pytest
 from pipeline import LIGHT, fails, succeed
+from test_detect import detector_of
 
 from dasc.data.patches import read_patch
 from dasc.data.splits import draw_share, draw_slides
 from dasc.data.tables import read_cut_fields, read_patches
-from dasc.detect.val import judge_patches, threshold_on_patches
+from dasc.detect.val import fit_to_patches, judge_patches
 from dasc.errors import InputError
 from dasc.judge.metrics import counts_to_scores
 from dasc.model.checkpoint import read_checkpoint
@@ -203,7 +204,8 @@ def test_threshold_on_patches_is_the_best_of_all():
             )[2]
         )
 
-    threshold, curve = threshold_on_patches(labels, scores)
+    detector, curve = fit_to_patches(detector_of(None), labels, scores)
+    threshold = detector.threshold
     assert f1(threshold) == max(f1(one) for one in np.unique(scores)) == pytest.approx(curve["f1"].max())
     for row in curve.itertuples():
         assert row.f1 == pytest.approx(f1(row.threshold))

@@ -15,7 +15,7 @@ from pipeline import LIGHT, ROOT, check_run_json, fails, succeed
 from dasc.data.patches import read_patch, write_patch
 from dasc.data.tables import read_patches
 from dasc.images.read import read_field
-from dasc.model.checkpoint import load_network
+from dasc.model.checkpoint import load_detector
 from dasc.model.inference import embed_patches
 from dasc.weak.mining import distance
 
@@ -123,7 +123,7 @@ def test_what_is_mined(hierarchy, tmp_path, query):
 def test_nearest_to_the_false_positive_it_names(hierarchy, tmp_path):
     """mined.csv against features computed one patch at a time."""
     succeed(*mine(hierarchy, "--fp_above", 0.01, out=tmp_path / "mined"))
-    network, _ = load_network(hierarchy / "results/weak/model.pt", "cpu")
+    network = load_detector(hierarchy / "results/weak/model.pt", torch.device("cpu")).network
 
     def features(image):
         found, score = embed_patches(network, torch.from_numpy(image).permute(2, 0, 1)[None], 1)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -153,3 +154,15 @@ def read_cut_run(folder: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: does not say how the patches were cut; run pre/cut_patch_2.py again") from error
     return run
+
+
+class ValFields(NamedTuple):
+    """The fields that a detector's threshold is chosen on.
+
+    root: folder of the dataset. fields: image, path (relative to root), um_per_px, of val only.
+    mitoses: image, x_px, y_px.
+    """
+
+    root: Path
+    fields: pd.DataFrame
+    mitoses: pd.DataFrame
