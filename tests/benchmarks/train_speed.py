@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from dasc.model.augment import located_view, training_view
 from dasc.model.losses import graded_cross_entropy, localisation, subclass_contrastive
-from dasc.model.network import SearchNetwork, update_average
+from dasc.model.network import CamNetwork, update_average
 from dasc.run import pick_device
 
 if __name__ == "__main__":
@@ -39,7 +39,7 @@ if __name__ == "__main__":
     groups = labels * 4 + torch.randint(0, 4, (len(patches),), generator=generator)
     points_px = torch.rand(len(patches), 2, generator=generator) * (args.patch_size - 1)
     for backbone in args.backbones:
-        network = SearchNetwork(backbone, args.stride).to(device, memory_format=torch.channels_last).train()
+        network = CamNetwork(backbone, args.stride).to(device, memory_format=torch.channels_last).train()
         average = copy.deepcopy(network)
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
         ready = torch.rand(args.batch_size, *shape[1:], device=device).to(memory_format=torch.channels_last)
