@@ -16,6 +16,7 @@ import pandas as pd
 from dasc.errors import InputError, WriteError
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t")  # a spreadsheet runs a cell that begins with one of these
+PIECE_BYTES = 1 << 20  # of a large file read at a time
 LONGEST_NAME = 200  # characters of a file's name that we make; file systems take 255 bytes
 
 
@@ -152,5 +153,9 @@ def file_name(text: str, safe: str = "") -> str:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """SHA-256 of a file of any size, in hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while piece := file.read(PIECE_BYTES):  # hashlib.file_digest needs Python 3.11
+            digest.update(piece)
+    return digest.hexdigest()

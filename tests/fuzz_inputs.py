@@ -316,9 +316,7 @@ def difficulty_tables() -> list[Files]:
     rows = [(f"{number}.png", number % 2) for number in range(6)]
     return [
         {
-            "memory.csv": table(
-                MEMORY, *[[*row, "random", 3, 2, 1, 4, 2, 0.6, 0.6, 0.6, 0.5, 0.25] for row in rows]
-            ),
+            "memory.csv": table(MEMORY, *[[*row, "random", 3, 2, 1, 4, 2, 0.6, 0.6, 0.6, 0.5, 0.25] for row in rows]),
             "hard.csv": table(
                 HARD, *[[*row, *(("hard", 1, 2 / 3), ("clean", "", 0))[row[1]], 0.3, 0.5, 0.25] for row in rows]
             ),

@@ -204,7 +204,8 @@ def test_checked_csv(done):
 
 def test_it_learns_levels_that_show(done, tmp_path):
     """Brightness tells the level, so nearly all are told right."""
-    flags = [*learn_flags(done, tmp_path), "--epochs", 25, "--seen_after_share", 0.84, "--stain", 0, "--light", 0, "--focus", 0]
+    flags = [*learn_flags(done, tmp_path), "--epochs", 25, "--seen_after_share", 0.84]
+    flags += ["--stain", 0, "--light", 0, "--focus", 0]
     succeed("DMU/hard_main.py", *flags)
     checked = pd.read_csv(tmp_path / "checked.csv")
     assert (checked["correct"] / checked["seen"] >= 0.5).mean() > 0.9
@@ -348,9 +349,7 @@ def test_keep_share(resorted):
 def test_label_without_patches_names_counts_and_constants(resorted):
     def no_clean_mitosis(table):
         clean = (table["verdict"] == "clean") & (table["label"] == 1)
-        return table.assign(
-            verdict=table["verdict"].where(~clean, "noisy"), hardness=table["hardness"].where(~clean)
-        )
+        return table.assign(verdict=table["verdict"].where(~clean, "noisy"), hardness=table["hardness"].where(~clean))
 
     change(resorted / "sorted/hard.csv", no_clean_mitosis)
     change(resorted / "learned/checked.csv", lambda table: table.assign(correct=0))

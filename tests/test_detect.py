@@ -1,6 +1,7 @@
 """Merging and scanning: the strongest stays, nothing is counted twice, places are the field's own pixels."""
 
 import threading
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -11,8 +12,9 @@ import dasc.detect.candidates
 import dasc.detect.field
 from dasc.data.patches import PatchCutter
 from dasc.detect.field import merge, over_all_views, scan_field
+from dasc.model.checkpoint import Detector
 from dasc.model.inference import embed_patches, log_odds, score_patches
-from dasc.model.network import SearchNetwork
+from dasc.model.network import CamNetwork
 
 
 def test_merge_keeps_the_strongest_of_a_group():
@@ -48,10 +50,23 @@ class Darkness(torch.nn.Module):
         return torch.stack([torch.zeros_like(middle), self.scale * (0.4 - middle)], dim=1)
 
 
+def detector_of(network, **changes):
+    """A detector for patches of 64 px at 0.25 um/px that looks once at 1,800 candidates per mm2."""
+    plain = Detector(
+        network,
+        patch_size=64,
+        patch_um_per_px=0.25,
+        normalise_stain=False,
+        per_mm2=1800,
+        merge_um=7.5,
+        views=1,
+        manifest_sha256=None,
+    )
+    return replace(plain, **changes)
+
+
 def scan(image, um_per_px, views=1):
-    config = {"patch_size": 64, "um_per_px": 0.25, "normalise_stain": False}
-    options = {"batch_size": 16, "per_mm2": 1800, "merge_um": 7.5, "smallest": 0.05}
-    return scan_field(Darkness(), config, image, um_per_px, views=views, **options)
+    return scan_field(detector_of(Darkness(), views=views), image, um_per_px, batch_size=16, smallest=0.05)
 
 
 def test_scan_finds_the_dark_nuclei_at_any_resolution():
@@ -85,7 +100,7 @@ def test_blank_field_gives_an_empty_table():
 
 def test_scores_do_not_depend_on_the_batch():
     torch.manual_seed(0)
-    network = SearchNetwork("resnet10t").eval()
+    network = CamNetwork("resnet10t").eval()
     patches = torch.randint(0, 255, (11, 3, 64, 64), dtype=torch.uint8)
     whole, parts = score_patches(network, patches, 64), score_patches(network, patches, 3)
     assert whole.shape == (11,) and torch.allclose(whole, parts, atol=1e-5)
@@ -93,7 +108,7 @@ def test_scores_do_not_depend_on_the_batch():
 
 def test_views_are_averaged():
     torch.manual_seed(0)
-    network = SearchNetwork("resnet10t").eval()
+    network = CamNetwork("resnet10t").eval()
     patches = torch.randint(0, 255, (4, 3, 64, 64), dtype=torch.uint8)
     turned = torch.rot90(patches, 1, dims=(2, 3))
     for views, same in ((1, False), (4, True), (8, True)):
@@ -103,18 +118,18 @@ def test_views_are_averaged():
 
 def test_every_core_scores_batches_of_its_own(monkeypatch):
     torch.manual_seed(0)
-    network = SearchNetwork("mobilenetv3_small_100").eval()
+    network = CamNetwork("mobilenetv3_small_100").eval()
     patches = torch.randint(0, 255, (48, 3, 32, 32), dtype=torch.uint8)
     alone, features = score_patches(network, patches, 8), embed_patches(network, patches, 8)[0]
     threads = torch.get_num_threads()
-    looked, whole, together = set(), dasc.model.inference._score_batch, threading.Barrier(3)
+    looked, whole, together = set(), CamNetwork.forward, threading.Barrier(3)
 
-    def look(*args):
+    def forward(self, batch):
         together.wait(60)  # of the six batches three at a time
         looked.add((threading.get_ident(), torch.get_num_threads()))
-        return whole(*args)
+        return whole(self, batch)
 
-    monkeypatch.setattr(dasc.model.inference, "_score_batch", look)
+    monkeypatch.setattr(CamNetwork, "forward", forward)
     try:
         torch.set_num_threads(3)
         assert torch.allclose(score_patches(network, patches, 8), alone, atol=1e-5)
@@ -128,7 +143,7 @@ def test_every_core_scores_batches_of_its_own(monkeypatch):
 
 def test_a_second_look_has_the_average_of_all_views():
     torch.manual_seed(0)
-    network = SearchNetwork("resnet10t").eval()
+    network = CamNetwork("resnet10t").eval()
     patches = torch.randint(0, 255, (4, 3, 64, 64), dtype=torch.uint8)
     for views in (2, 4, 8):
         first, others = (log_odds(network, patches, 4, which).numpy() for which in ([0], range(1, views)))
@@ -141,11 +156,10 @@ def test_a_field_is_scored_as_its_patches_are():
     for x, y, shade in ((200, 300, 50), (500, 300, 90), (400, 600, 120)):
         cv2.ellipse(image, (x, y), (18, 9), 30, 0, 360, (shade, shade - 10, shade + 30), -1)
     torch.manual_seed(0)
-    network = SearchNetwork("resnet10t").eval()
-    config = {"patch_size": 64, "um_per_px": 0.25, "normalise_stain": False}
-    options = {"batch_size": 16, "per_mm2": 1800, "merge_um": 7.5, "smallest": 0.0}
+    network = CamNetwork("resnet10t").eval()
     for views in (1, 8):
-        found = scan_field(network, config, cv2.GaussianBlur(image, (0, 0), 2), 0.25, views=views, **options)
+        detector = detector_of(network, views=views)
+        found = scan_field(detector, cv2.GaussianBlur(image, (0, 0), 2), 0.25, batch_size=16, smallest=0.0)
         cutter = PatchCutter(cv2.GaussianBlur(image, (0, 0), 2), 0.25, 0.25, 64)
         patches = cutter.cut_tensor(found[["x_px", "y_px"]].to_numpy())
         assert len(found) >= 3 and np.allclose(found["probability"], score_patches(network, patches, 16, views))

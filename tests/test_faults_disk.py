@@ -48,8 +48,8 @@ def tables(small_run, tmp_path_factory):
     counts = {"clean": 5, "hard": 0, "noisy": 0, "learned": 5, "forgotten": 0, "centroid_distance": 0.5}
     counts |= {f"confidence_{view}": 0.5 for view in ("weak", "strong", "fused")}
     train.assign(**counts, origin="annotated", noise_score=0.1).to_csv(folder / "memory.csv", index=False)
-    verdict = {"verdict": "clean", "level": "", "hardness": 0, "forget_rate": 0.0, "centroid_distance": 0.5, "noise_score": 0.1}
-    train.assign(**verdict).to_csv(folder / "hard.csv", index=False)
+    verdict = {"verdict": "clean", "level": "", "hardness": 0, "forget_rate": 0.0}
+    train.assign(**verdict, centroid_distance=0.5, noise_score=0.1).to_csv(folder / "hard.csv", index=False)
     (folder / "checked.csv").write_text("patch,label,level,seen,correct\n")
     return folder
 

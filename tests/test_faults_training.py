@@ -14,15 +14,15 @@ from broken import half, picture
 from PIL import Image
 from pipeline import LIGHT, SOURCES, fails, succeed
 
-import dasc.detect.field
 import dasc.model.difficulty
 from dasc.model.checkpoint import read_checkpoint
+from dasc.model.network import CamNetwork
 
 SCRIPTS = {
     "NS/sigle.py": ["--epochs", 1, "--views", 1],
     "DMU/main.py": ["--epochs", 2, "--warmup_share", 0],
     "DMU/hard_main.py": ["--hard", "hard.csv", "--epochs", 1],
-    "DMU/hard_scl_main.py": ["--scl", "SCL.csv", "--epochs", 2, "--contrast_labels_share", 0.5, "--views", 1, "--per_group", 1],
+    "DMU/hard_scl_main.py": ["--scl", "SCL.csv", "--epochs", 2, "--views", 1, "--per_group", 1],
 }
 
 
@@ -163,7 +163,7 @@ def test_full_memory_of_the_device_stops_training_with_advice(here, tmp_path, mo
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 1 GiB.")
 
-    monkeypatch.setattr("dasc.model.network.SearchNetwork.features", full)
+    monkeypatch.setattr("dasc.model.network.CamNetwork.features", full)
     done = fails(script, *flags(here, script, tmp_path / "out"), says="lower --batch_size")
     assert "CUDA out of memory" in done.err and len(done.err.strip().splitlines()[-1]) < 200
 
@@ -172,14 +172,14 @@ def test_full_memory_halves_the_batch_of_predict(small_run, tmp_path, monkeypatc
     flags = ["--images", small_run / "sample/images/009.tiff", "--model_path", small_run / "NS/model.pt", "--views", 1]
     flags += ["--device", "cpu", "--threshold", 0.3, "--report", "False", "--overlays", "False", "--out"]
     succeed("predict.py", *flags, tmp_path / "whole")
-    score = dasc.model.inference._score_batch
+    whole = CamNetwork.forward
 
-    def small_device(network, batch, views):
+    def small_device(network, batch):
         if len(batch) > 8:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return score(network, batch, views)
+        return whole(network, batch)
 
-    monkeypatch.setattr(dasc.model.inference, "_score_batch", small_device)
+    monkeypatch.setattr(CamNetwork, "forward", small_device)
     succeed("predict.py", *flags, tmp_path / "halved")
     assert "the device's memory is full: 8 patches at a time" in caplog.text
     whole, halved = (pd.read_csv(tmp_path / name / "detections.csv") for name in ("whole", "halved"))

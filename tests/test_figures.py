@@ -9,7 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dasc.data.tables import LABELS
 from dasc.errors import InputError
+from dasc.judge.calibration import UNCALIBRATED, Calibration
 from dasc.judge.metrics import choose_threshold
 from dasc.report.plots import (
     DETECTION,
@@ -23,8 +25,12 @@ from dasc.report.plots import (
     TRUE,
     contact_sheet,
     curves,
+    detector_curves,
+    difficulty_plane,
+    embedding,
     overlay,
     precision_recall,
+    reliability,
     write_png,
 )
 
@@ -202,6 +208,89 @@ def test_precision_recall_marks_the_threshold(tmp_path):
     at, above, _ = (read(tmp_path / f"{name}.png") for name in ("at", "above", "none"))
     dark = [(picture.max(axis=2) < 30).sum() for picture in (at, above)]
     assert dark[0] > dark[1]
+
+
+def test_a_detectors_curves_are_those_two(tmp_path):
+    log = pd.DataFrame({"epoch": [0, 1], "loss": [0.9, 0.4]})
+    curve = pd.DataFrame({"threshold": [0.2, 0.5], "precision": [0.5, 0.8], "recall": [0.9, 0.4], "f1": [0.64, 0.53]})
+    detector_curves(tmp_path / "out", log, {"Loss": ["loss"]}, curve, 0.5)
+    curves(tmp_path / "curves.png", log, {"Loss": ["loss"]})
+    precision_recall(tmp_path / "val_curve.png", curve, 0.5)
+    for name in ("curves.png", "val_curve.png"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+BLUE, ORANGE = (31, 119, 180), (255, 127, 14)  # of matplotlib's first and second line
+
+
+def where(picture, colour, tolerance=3):
+    """Rows and columns (N, 2) of the pixels of a colour."""
+    return np.argwhere((np.abs(picture.astype(int) - colour) <= tolerance).all(axis=2))
+
+
+def test_reliability_has_its_points_where_they_belong(tmp_path):
+    """100 detections of 0.75, 30 of them right: a point at 0.75, 0.3, and once calibrated further left."""
+    probabilities, right = np.full(100, 0.75), np.arange(100) < 30
+    calibration = Calibration(offset=-1.9)
+    reliability(tmp_path / "a.png", probabilities, right, calibration)
+    picture = read(tmp_path / "a.png")
+    assert picture.shape == (450, 450, 3)
+    dark = picture.max(axis=2) < 100
+    left, rightmost = np.flatnonzero(dark.sum(axis=0) > 300)[[0, -1]]  # the frame of the axes
+    top, bottom = np.flatnonzero(dark.sum(axis=1) > 300)[[0, -1]]
+    for colour, x in ((BLUE, 0.75), (ORANGE, calibration.calibrate(np.array([0.75]))[0])):
+        places = where(picture, colour)
+        row, column = places[places[:, 0] > (top + bottom) / 2].mean(axis=0)  # below the legend
+        assert (column - left) / (rightmost - left) == pytest.approx(x, abs=0.01)
+        assert (bottom - row) / (bottom - top) == pytest.approx(0.3, abs=0.01)
+
+
+@pytest.mark.parametrize("number", [0, 4])
+def test_reliability_of_too_few_detections_has_no_point(tmp_path, number):
+    for count in (number, 100):
+        reliability(tmp_path / f"{count}.png", np.full(count, 0.75), np.arange(count) < 30, UNCALIBRATED)
+    few, many = (read(tmp_path / f"{count}.png") for count in (number, 100))
+    assert few.shape == many.shape and 0 < len(where(few, ORANGE)) < len(where(many, ORANGE)) - 15
+
+
+def groups_of(**members):
+    """Groups of hard.csv, empty but for 300 patches about a place (forget rate, centroid distance) of each member."""
+    names = ["clean", *(f"hard, level {level}" for level in range(3)), "noisy", "dropped"]
+    empty = pd.DataFrame({"forget_rate": [], "centroid_distance": []}, dtype=float)
+    groups = {(label, name): empty for label in LABELS for name in names}
+    rng = np.random.default_rng(0)
+    for key, place in members.items():
+        label, name = key.split(" ", 1)
+        places = rng.uniform(-0.1, 0.1, (300, 2)) + place
+        groups[int(label), name] = pd.DataFrame(places, columns=["forget_rate", "centroid_distance"])
+    return groups
+
+
+def test_the_difficulty_plane_has_each_label_and_level_in_its_place(tmp_path):
+    members = {"0 clean": (0.2, 5.0), "1 hard, level 0": (0.2, 3.0), "1 hard, level 2": (0.8, 5.0)}
+    difficulty_plane(tmp_path / "plane.png", groups_of(**members), 3)
+    difficulty_plane(tmp_path / "none.png", groups_of(), 3)
+    plane, none = read(tmp_path / "plane.png"), read(tmp_path / "none.png")
+    assert plane.shape == none.shape == (550, 1200, 3)
+    colours = {"clean": (116, 169, 207), "easy": (255, 217, 0), "hardest": (255, 0, 0)}
+    places = {name: where(plane, colour, 12) for name, colour in colours.items()}  # where points lie upon each other
+    assert all(len(found) > 50 for found in places.values())
+    row, column = zip(*(np.median(found, axis=0) for found in places.values()), strict=True)
+    assert column[0] < 600 < column[1] < column[2] and row[2] < row[1]
+    assert all(len(where(none, colour, 12)) < 30 for colour in colours.values())
+
+
+def test_an_embedding_has_a_panel_per_grouping(tmp_path):
+    rng = np.random.default_rng(0)
+    features = np.concatenate([middle + rng.normal(0, 0.02, (60, 8)) for middle in np.eye(8)[:3]])
+    kind = np.repeat(["a", "b", "$c$"], 60)
+    embedding(tmp_path / "two.png", features, {"subclass": pd.Series(kind, range(5, 185)), "level": ["x"] * 180})
+    embedding(tmp_path / "one.png", 7 * features, {"subclass": list(kind)})
+    two, one = read(tmp_path / "two.png"), read(tmp_path / "one.png")
+    assert two.shape == (550, 1500, 3) and one.shape == (550, 750, 3)
+    # A cluster is a heap of its group's colour; of one group, all three heaps have the first colour.
+    heaps = [[len(where(part, colour, 30)) for colour in (BLUE, ORANGE)] for part in (two[:, :750], two[:, 750:], one)]
+    assert min(heaps[0]) > 50 and heaps[1][0] > 1.5 * heaps[0][0] and heaps[1][1] == 0 and min(heaps[2]) > 50, heaps
 
 
 def test_same_input_same_bytes_and_no_figure_is_left_open(tmp_path):

@@ -1,12 +1,13 @@
 """Files appear whole or not at all, also after a killed run."""
 
+import hashlib
 import os
 from pathlib import Path
 
 import pytest
 
 from dasc.errors import WriteError
-from dasc.files import put_in_place, replacing, replacing_folder, write_text
+from dasc.files import PIECE_BYTES, put_in_place, replacing, replacing_folder, sha256, write_text
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -44,3 +45,10 @@ def test_files_and_folders_are_brought_to_disk_before_they_take_their_place(tmp_
     put_in_place(tmp_path / "partial", tmp_path / "out")
     names = ["fsync"] if os.name != "nt" else []  # of the folder
     assert events == ["fsync", "replace", *names, "sync", "rename", *names]
+
+
+@pytest.mark.parametrize("size", [0, 5, PIECE_BYTES, 2 * PIECE_BYTES + 7])
+def test_a_hash_is_that_of_the_whole_file(tmp_path, size):
+    content = (bytes(range(251)) * (size // 251 + 1))[:size]
+    (tmp_path / "a").write_bytes(content)
+    assert sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()

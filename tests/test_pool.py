@@ -10,7 +10,7 @@ import dasc.weak.pool
 from dasc.data.patches import write_patch
 from dasc.errors import InputError
 from dasc.model.inference import embed_patches
-from dasc.model.network import SearchNetwork
+from dasc.model.network import CamNetwork
 from dasc.weak.pool import PoolFeatures, read_pool
 
 WIDTH = 512  # channels of the network below at stride 32
@@ -19,7 +19,7 @@ WIDTH = 512  # channels of the network below at stride 32
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(0)
-    return SearchNetwork("resnet10t", 32).eval()
+    return CamNetwork("resnet10t", 32).eval()
 
 
 def fill(folder, numbers, size=32):

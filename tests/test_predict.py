@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,14 +14,14 @@ import torch
 from PIL import Image
 from pipeline import call, fails, succeed
 
-from dasc.data.tables import read_cut_fields
-from dasc.detect.val import threshold_on_val
+from dasc.data.tables import ValFields, read_cut_fields
+from dasc.detect.val import fit_to_val
 from dasc.errors import WriteError
 from dasc.files import sha256
 from dasc.images.read import read_field
-from dasc.judge.calibration import UNCALIBRATED
+from dasc.judge.calibration import Calibration
 from dasc.judge.metrics import plateau_threshold
-from dasc.model.checkpoint import load_network, read_checkpoint, save_checkpoint
+from dasc.model.checkpoint import load_detector, read_checkpoint, save_checkpoint
 
 
 def model(small_run):
@@ -222,7 +223,7 @@ def test_goals_and_numbers_for_the_threshold(small_run, tmp_path):
     ]
     flags += ["--device", "cpu", "--views", 1, "--overlays", "False", "--out"]
     config = read_checkpoint(small_run / "NS/model.pt")["config"]
-    assert {"background", "temperature", "offset", "val_curve"} <= config.keys()
+    assert {"alignment", "temperature", "offset", "val_curve"} <= config.keys()
     curve = pd.DataFrame(config["val_curve"])
     goal = f"recall={curve['recall'].max():.2f}"[:10]
     succeed("predict.py", *flags, tmp_path / "a", "--threshold", goal)
@@ -234,11 +235,11 @@ def test_goals_and_numbers_for_the_threshold(small_run, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_an_image_is_left_at_its_own_background_when_asked(small_run, tmp_path):
+def test_an_image_is_not_aligned_when_asked(small_run, tmp_path):
     content = read_checkpoint(small_run / "NS/model.pt")
-    content["config"]["background"] += 2.0  # so that every image is moved by something
+    content["config"]["alignment"] += 2.0  # so that every image is moved by something
     save_checkpoint(tmp_path / "moved.pt", content)
-    del content["config"]["background"]
+    content["config"]["alignment"] = None
     save_checkpoint(tmp_path / "without.pt", content)
     flags = ["--images", small_run / "sample/images/009.tiff", "--device", "cpu", "--views", 1, "--threshold", 0.3]
     flags += ["--overlays", "False", "--report", "False"]
@@ -250,28 +251,31 @@ def test_an_image_is_left_at_its_own_background_when_asked(small_run, tmp_path):
     assert found["left"] == found["without"] != found["moved"]
     again = [*flags, "--model_path", tmp_path / "moved.pt", "--out", tmp_path / "moved", "--resume"]
     done = call("predict.py", *again, "--background", "False")
-    assert done.status == 1 and "was begun with background" in done.err
+    assert done.status == 1 and "was begun with alignment" in done.err
 
 
-def test_the_threshold_of_a_model_without_a_background(small_run, tmp_path):
-    network, config = load_network(small_run / "NS/model.pt", torch.device("cpu"))
-    settings = {"batch_size": 64, "per_mm2": 3000.0, "match_um": 7.5, "views": 1}
-    settings["reliability_path"] = tmp_path / "reliability.png"
-    of_val = read_cut_fields(small_run / "patches")
-    moved, _ = threshold_on_val(network, config, *of_val, **settings)
-    left, _ = threshold_on_val(network, config, *of_val, **settings, use_background=False)
-    assert moved.keys() - left.keys() == {"background"}
-    assert left["val_curve"] != moved["val_curve"]
+def val_fields(small_run):
+    root, fields, annotations = read_cut_fields(small_run / "patches")
+    return ValFields(root, fields[fields["split"] == "val"], annotations[annotations["label"] == 1])
+
+
+def detector_of(small_run):
+    return replace(load_detector(small_run / "NS/model.pt", torch.device("cpu")), views=1)
+
+
+def test_the_threshold_of_a_model_that_aligns_no_image(small_run):
+    detector, of_val, settings = detector_of(small_run), val_fields(small_run), {"batch_size": 64, "match_um": 7.5}
+    moved, *_ = fit_to_val(detector, of_val, **settings)
+    left, *_ = fit_to_val(detector, of_val, **settings, align=False)
+    assert moved.calibration.alignment is not None and left.calibration.alignment is None
+    assert left.val_curve != moved.val_curve
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_val_fields_that_do_not_calibrate_are_said(small_run, tmp_path, capsys, monkeypatch, temperature):
-    fitted = UNCALIBRATED | {"temperature": temperature}
+def test_val_fields_that_do_not_calibrate_are_said(small_run, capsys, monkeypatch, temperature):
+    fitted = Calibration(temperature=temperature)
     monkeypatch.setattr("dasc.detect.val.fit_calibration", lambda probabilities, right: fitted)
-    network, config = load_network(small_run / "NS/model.pt", torch.device("cpu"))
-    settings = {"batch_size": 64, "per_mm2": 3000.0, "match_um": 7.5, "views": 1}
-    settings["reliability_path"] = tmp_path / "reliability.png"
-    threshold_on_val(network, config, *read_cut_fields(small_run / "patches"), **settings)
+    fit_to_val(detector_of(small_run), val_fields(small_run), batch_size=64, match_um=7.5)
     assert ("do not calibrate" in capsys.readouterr().out) == (temperature == 1.0)
 
 

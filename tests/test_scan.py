@@ -1,5 +1,7 @@
 """Scanning a slide: how it is cut, resumed or stored changes nothing that is found."""
 
+from dataclasses import replace
+
 import cv2
 import imagecodecs
 import numpy as np
@@ -8,7 +10,7 @@ import tifffile
 import torch
 from scipy.spatial import cKDTree
 from scipy.special import logit
-from test_detect import Darkness
+from test_detect import Darkness, detector_of
 
 from dasc.detect import slide as scan
 from dasc.detect.field import off_the_edge, scan_field
@@ -18,9 +20,9 @@ from dasc.errors import InputError
 from dasc.images import slides
 from dasc.images.slides import open_slide, read_overview
 from dasc.images.tissue import Tissue, find_tissue
+from dasc.judge.calibration import Calibration
 
-CONFIG = {"patch_size": 64, "um_per_px": 0.25, "normalise_stain": True}
-OPTIONS = {"batch_size": 50, "per_mm2": 1800, "merge_um": 7.5, "views": 2, "smallest": 0.05, "workers": 2}
+OPTIONS = {"batch_size": 50, "smallest": 0.05}
 
 
 def draw_tissue(side_um, um_per_px, seed=0):
@@ -63,16 +65,16 @@ def tissue_of(slide, um_per_px):
 
 
 def soft():
-    """A network that gives hardly two nuclei the same probability."""
+    """A detector that gives hardly two nuclei the same probability."""
     network = Darkness()
     network.scale.data.fill_(8.0)
-    return network
+    return detector_of(network, normalise_stain=True, views=2)
 
 
-def found_in(path, um_per_px, tissue=None, config=CONFIG, **options):
+def found_in(path, um_per_px, tissue=None, detector=None, **options):
     with open_slide(path) as slide:
         tissue = tissue or tissue_of(slide, um_per_px)
-        return scan_slide(soft(), config, slide, um_per_px, tissue, **OPTIONS | options)
+        return scan_slide(detector or soft(), slide, um_per_px, tissue, **OPTIONS | {"workers": 2} | options)
 
 
 def assert_same(one, other):
@@ -94,23 +96,22 @@ def test_a_slide_gives_nearly_what_a_field_gives(slide_file):
     """Where all is surveyed and no glass left out, only the um/px rounded for the blocks and their margins differ."""
     path, um_per_px = slide_file
     image = tifffile.imread(path)
-    options = {name: value for name, value in OPTIONS.items() if name != "workers"}
-    field = scan_field(soft(), CONFIG, image, um_per_px, **options)
+    field = scan_field(soft(), image, um_per_px, **OPTIONS)
     slide = found_in(path, um_per_px, tissue=Tissue(np.ones((len(image) // 16, len(image) // 16), bool), 16))
     strong = [table[table["probability"] > 0.5][["x_px", "y_px"]].to_numpy() * um_per_px for table in (field, slide)]
     near = np.linalg.norm(strong[0][:, None] - strong[1], axis=2) < 1
     assert len(strong[0]) > 30 and near.any(axis=1).mean() > 0.95 and near.any(axis=0).mean() > 0.95
 
 
-def test_a_slide_is_brought_to_the_background_of_val_as_a_field_is(slide_file):
+def test_a_slide_is_aligned_with_val_as_a_field_is(slide_file):
     path, um_per_px = slide_file
-    image, options = tifffile.imread(path), {name: value for name, value in OPTIONS.items() if name != "workers"}
+    image = tifffile.imread(path)
     everywhere = Tissue(np.ones((len(image) // 16, len(image) // 16), bool), 16)
-    known = CONFIG | {"background": 0.7}
     odds = {}
-    for name, config in (("own", CONFIG), ("val's", known)):
-        field = scan_field(soft(), config, image, um_per_px, **options)
-        slide = found_in(path, um_per_px, everywhere, config)
+    for name, calibration in (("own", Calibration()), ("val's", Calibration(alignment=0.7))):
+        detector = replace(soft(), calibration=calibration)
+        field = scan_field(detector, image, um_per_px, **OPTIONS)
+        slide = found_in(path, um_per_px, everywhere, detector)
         pairs = cKDTree(slide[["x_px", "y_px"]]).query(field[["x_px", "y_px"]], distance_upper_bound=1 / um_per_px)
         near = np.isfinite(pairs[0])
         assert near.sum() > 30
@@ -256,7 +257,7 @@ def test_tile_margins_reach_as_far_as_they_must(tmp_path):
         whole = Tile(slide, grid, (0, down), (0, across))
         part = Tile(slide, grid, (2, 3), (2, 3))
         corners = np.array([[2, 2], [3, 2], [2, 3], [3, 3]]) * float(grid.step)
-        difference = whole.patches(corners, CONFIG, None).int() - part.patches(corners, CONFIG, None)
+        difference = whole.patches(corners, soft(), None).int() - part.patches(corners, soft(), None)
         assert difference.abs().max() <= 1
 
 
@@ -286,18 +287,18 @@ def test_a_pyramid_of_20000_px_is_scanned_by_parts(tmp_path, monkeypatch):
         coarse = [imagecodecs.jpeg8_encode(small_tile(small, y, x), **encode) for y, x in corners]
         writer.write(iter(coarse), shape=small.shape, dtype=np.uint8, subfiletype=1, **options)
     read = []
-    whole = slides.TiffSlide._read
+    whole = slides.TiffSlide.read_region
 
     def count(self, level, x, y, width, height):
         read.append(width * height)
         return whole(self, level, x, y, width, height)
 
-    monkeypatch.setattr(slides.TiffSlide, "_read", count)
+    monkeypatch.setattr(slides.TiffSlide, "read_region", count)
     monkeypatch.setattr(slides, "IN_MEMORY", 50_000_000)
     with open_slide(tmp_path / "a.tif") as slide:
         assert slide.levels == [(side, side), (side // 16, side // 16)]
         tissue = tissue_of(slide, 0.25)
-        found = scan_slide(soft(), CONFIG, slide, 0.25, tissue, **OPTIONS)
+        found = scan_slide(soft(), slide, 0.25, tissue, **OPTIONS, workers=2)
     assert 1 < tissue.area_mm2(0.25) / (np.pi * (0.46 * 0.512) ** 2) < 1.5  # with its margin
     strong = found[found["probability"] > 0.5][["x_px", "y_px"]].to_numpy()
     distance = np.linalg.norm(strong[:, None] - (centres + np.array([left, top])), axis=2).min(axis=1) * 0.25

@@ -71,7 +71,11 @@ def test_resume_of_a_finished_run_and_with_another_table(small_run, scl, finishe
     whole = scl.read_bytes()
     scl.write_bytes(whole.rsplit(b"\n", 2)[0] + b"\n")
     try:
-        fails("DMU/hard_scl_main.py", *flags(small_run, scl, tmp_path / "out", "--resume"), says="another table than --scl")
+        fails(
+            "DMU/hard_scl_main.py",
+            *flags(small_run, scl, tmp_path / "out", "--resume"),
+            says="another table than --scl",
+        )
     finally:
         scl.write_bytes(whole)
 

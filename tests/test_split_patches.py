@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 from pipeline import LIGHT, fails, succeed
+from test_detect import detector_of
 
 from dasc.data.patches import read_patch
 from dasc.data.splits import draw_share, draw_slides
@@ -62,8 +63,8 @@ def test_trained_with_the_threshold_of_the_val_patches(labelled, tmp_path):
     succeed(*split(labelled, tmp_path / "out"))
     manifest = tmp_path / "out/patches.csv"
     done = succeed("NS/sigle.py", *LIGHT, "--manifest", manifest, "--out", tmp_path / "weak", "--epochs", 1)
-    assert "val patches: F1" in done.out
-    assert 0 < read_checkpoint(tmp_path / "weak/model.pt")["config"]["threshold"] < 1
+    assert "validation F1" in done.out
+    assert 0 < read_tensors(tmp_path / "weak/model.pt")["config"]["threshold"] < 1
     figures = json.loads((tmp_path / "weak/test.json").read_text())
     test = read_patches(manifest).query("split == 'test'")["label"]
     assert figures["tp"] + figures["fn"] == test.sum() and figures["fp"] + figures["tn"] == (test == 0).sum()
@@ -204,7 +205,8 @@ def test_threshold_on_patches_is_the_best_of_all():
             )[2]
         )
 
-    threshold, curve = threshold_on_patches(labels, scores)
+    detector, curve = fit_to_patches(detector_of(None), labels, scores)
+    threshold = detector.threshold
     assert f1(threshold) == max(f1(one) for one in np.unique(scores)) == pytest.approx(curve["f1"].max())
     for row in curve.itertuples():
         assert row.f1 == pytest.approx(f1(row.threshold))

@@ -1,4 +1,4 @@
-"""What passes between stages: tables are checked on reading, joined by patch, and cut.json says how patches were cut."""
+"""What passes between stages: tables are checked and joined by patch, cut.json says how patches were cut."""
 
 import json
 
@@ -110,7 +110,7 @@ def test_level_and_hardness_of_scl_csv_must_agree(tmp_path, rows, sound):
     if sound:
         assert len(read_scl(path)) == len(rows)
     else:
-        with pytest.raises(InputError, match="run clus_hard.py"):
+        with pytest.raises(InputError, match=r"run clus_hard\.py"):
             read_scl(path)
 
 

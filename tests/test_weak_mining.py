@@ -122,7 +122,7 @@ def test_what_is_mined(hierarchy, tmp_path, query):
 def test_nearest_to_the_false_positive_it_names(hierarchy, tmp_path):
     """mined.csv against features computed one patch at a time."""
     succeed(*mine(hierarchy, "--fp_above", 0.01, out=tmp_path / "mined"))
-    network, _ = load_network(hierarchy / "results/weak/model.pt", "cpu")
+    network = load_detector(hierarchy / "results/weak/model.pt", torch.device("cpu")).network
 
     def features(image):
         found, score = embed_patches(network, torch.from_numpy(image).permute(2, 0, 1)[None], 1)

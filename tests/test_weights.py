@@ -7,8 +7,8 @@ import torch
 from pipeline import ROOT, succeed
 
 from dasc.files import sha256
-from dasc.model.checkpoint import load_backbone_weights, load_network
-from dasc.model.network import SearchNetwork
+from dasc.model.checkpoint import load_detector, load_initial_weights
+from dasc.model.network import CamNetwork
 
 PATCHES = {"dasc_mitos.pt": (96, 0.167), "dasc_figures.pt": (64, 0.25)}  # px, um/px, as the model card says
 FILES = pytest.mark.parametrize("path", [ROOT / "weights" / name for name in PATCHES], ids=list(PATCHES))
@@ -17,16 +17,18 @@ FILES = pytest.mark.parametrize("path", [ROOT / "weights" / name for name in PAT
 @FILES
 def test_file_is_small_and_holds_what_predicting_needs(path):
     assert path.stat().st_size < 12e6
-    network, config = load_network(path, torch.device("cpu"))
-    assert (config["patch_size"], config["um_per_px"]) == PATCHES[path.name] and config["normalise_stain"]
-    assert 0 < config["threshold"] < 1 and config["temperature"] > 0
-    assert all(torch.isfinite(value).all() for value in network.state_dict().values())
+    detector = load_detector(path, torch.device("cpu"))
+    assert (detector.patch_size, detector.patch_um_per_px) == PATCHES[path.name] and detector.normalise_stain
+    assert (detector.per_mm2, detector.merge_um, detector.views) == (3000, 7.5, 8)
+    assert 0 < detector.threshold < 1 and detector.calibration.fitted and detector.sha256 == sha256(path)
+    assert (detector.calibration.alignment is None) == (path.name == "dasc_mitos.pt")
+    assert all(torch.isfinite(value).all() for value in detector.network.state_dict().values())
 
 
 @FILES
 def test_a_training_starts_from_it(path):
-    network = SearchNetwork("tf_efficientnet_lite0", 32)
-    load_backbone_weights(network, path)
+    network = CamNetwork("tf_efficientnet_lite0", 32)
+    load_initial_weights(network, path)
     learned = torch.load(path, weights_only=True)["model"]
     for name, tensor in network.backbone.state_dict().items():
         assert torch.equal(tensor, learned[f"backbone.{name}"].to(tensor.dtype))

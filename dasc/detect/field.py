@@ -13,9 +13,9 @@ from scipy.special import expit
 from dasc.data.patches import PatchCutter
 from dasc.detect.candidates import find_candidates
 from dasc.images.stain import normalise_stain
-from dasc.judge.calibration import calibrate, shift_of
+from dasc.model.checkpoint import Detector
 from dasc.model.inference import device_of, log_odds
-from dasc.model.network import SearchNetwork
+from dasc.model.network import CamNetwork
 
 SECOND_LOOK_PER_MM2 = 300  # candidates seen again in every view: several times the densest tumours' mitoses
 AT_LEAST = 16  # of them, however small the field is
@@ -26,17 +26,17 @@ logger = logging.getLogger(__name__)
 
 
 def search_device(device: torch.device) -> torch.device | None:
-    """Where candidates are searched for a network on this device, as `nuclei.measure_candidates` takes it."""
+    """Where candidates are searched for a network on this device, as `candidates.measure_candidates` takes it."""
     return None if device.type == "cpu" else device
 
 
-def score_points(network: SearchNetwork, cutter: PatchCutter, points_px: np.ndarray, batch_size: int) -> np.ndarray:
+def score_points(network: CamNetwork, cutter: PatchCutter, points_px: np.ndarray, batch_size: int) -> np.ndarray:
     """p(mitosis) (N,) at points (N, 2) of the cutter's field, in batches that never lie in memory together."""
     return expit(_log_odds_at(network, cutter, points_px, batch_size))
 
 
 def _log_odds_at(
-    network: SearchNetwork, cutter: PatchCutter, points_px: np.ndarray, batch_size: int, views: Sequence[int] = (0,)
+    network: CamNetwork, cutter: PatchCutter, points_px: np.ndarray, batch_size: int, views: Sequence[int] = (0,)
 ) -> np.ndarray:
     odds = [
         log_odds(network, cutter.cut_tensor(points_px[start : start + CUT_TOGETHER]), batch_size, views)
@@ -72,8 +72,8 @@ def merge(points_px: np.ndarray, probabilities: np.ndarray, radius_px: float) ->
 class Looked(NamedTuple):
     """What a network makes of a field's candidates.
 
-    points_px (N, 2) and odds (N,): the likely ones and their log odds over all views. first: log odds (M,) of all
-    candidates in the first view.
+    points_px: (N, 2), x and y of the likely ones. odds: (N,), their log odds over all views.
+    first: (M,), log odds of all candidates in the first view.
     """
 
     points_px: np.ndarray
@@ -81,30 +81,20 @@ class Looked(NamedTuple):
     first: np.ndarray
 
 
-def look_at(
-    network: SearchNetwork,
-    config: dict,
-    image: np.ndarray,
-    um_per_px: float,
-    *,
-    batch_size: int,
-    per_mm2: float,
-    views: int,
-) -> Looked:
-    """Find a field's candidates and look at them, at the likely ones again.
+def look_at(detector: Detector, image: np.ndarray, um_per_px: float, *, batch_size: int) -> Looked:
+    """Find a field's candidates, the detector's `per_mm2` best, and look at them, at the likely ones again.
 
-    Nuclei nearer than EDGE_UM to the edge are left out: annotators leave them out too (docs/measured.md).
+    The second look averages the detector's `views` of the SECOND_LOOK_PER_MM2 best; 1 leaves it out. Nuclei nearer than
+    EDGE_UM to the edge are left out: annotators leave them out too (docs/measured.md).
 
-    Args:
-        config: the checkpoint's: patch_size in px, um_per_px, normalise_stain.
-        image: (H, W, 3) uint8. batch_size: patches scored together. per_mm2: candidates looked at per mm2.
-        views: right-angle views averaged in a second look at the SECOND_LOOK_PER_MM2 best; 1 leaves it out.
+    image: (H, W, 3) uint8 RGB. batch_size: patches scored together.
     """
+    network, views = detector.network, detector.views
     device = device_of(network)
-    points_px, _ = find_candidates(image, um_per_px, per_mm2, search_device(device))
+    points_px, _ = find_candidates(image, um_per_px, detector.per_mm2, search_device(device))
     points_px = points_px[off_the_edge(points_px, image.shape[1], image.shape[0], um_per_px)]
-    shown = normalise_stain(image) if config["normalise_stain"] else image
-    cutter = PatchCutter(shown, um_per_px, config["um_per_px"], config["patch_size"], device)
+    shown = normalise_stain(image) if detector.normalise_stain else image
+    cutter = PatchCutter(shown, um_per_px, detector.patch_um_per_px, detector.patch_size, device)
     first = _log_odds_at(network, cutter, points_px, batch_size)
     if views == 1:
         return Looked(points_px, first, first)
@@ -114,32 +104,26 @@ def look_at(
     return Looked(points_px[best], over_all_views(first[best], others, views), first)
 
 
-def detections_of(looked: Looked, config: dict, merge_px: float, smallest: float) -> pd.DataFrame:
-    """What `scan_field` gives, of candidates that were looked at; merge_px: its merge_um in the field's pixels."""
-    probabilities = calibrate(expit(looked.odds), config, shift_of(looked.first, config))
-    worth = probabilities >= smallest
-    points_px, probabilities = looked.points_px[worth], probabilities[worth]
-    kept = merge(points_px, probabilities, merge_px)
+def detections_of(looked: Looked, detector: Detector, um_per_px: float, smallest: float) -> pd.DataFrame:
+    """What `scan_field` gives, of candidates that were looked at."""
+    calibration = detector.calibration
+    probabilities = calibration.calibrate(expit(looked.odds), calibration.shift_of(looked.first))
+    likely = probabilities >= smallest
+    points_px, probabilities = looked.points_px[likely], probabilities[likely]
+    kept = merge(points_px, probabilities, detector.merge_um / um_per_px)
     return pd.DataFrame(
         {"x_px": points_px[kept, 0], "y_px": points_px[kept, 1], "probability": probabilities[kept].astype(float)}
     )
 
 
 def scan_field(
-    network: SearchNetwork,
-    config: dict,
-    image: np.ndarray,
-    um_per_px: float,
-    *,
-    merge_um: float,
-    smallest: float,
-    **options: int | float,
+    detector: Detector, image: np.ndarray, um_per_px: float, *, batch_size: int, smallest: float
 ) -> pd.DataFrame:
-    """Detections of one field (H, W, 3) uint8, strongest first: x_px, y_px in its own pixels, probability.
+    """Detections of one field, strongest first: x_px, y_px in its own pixels, probability.
 
-    Args:
-        config: the checkpoint's: as `look_at`, and background, temperature, offset.
-        merge_um: detections nearer than this become the strongest of them.
-        smallest: detections below this probability are left out. options: batch_size, per_mm2, views of `look_at`.
+    Those nearer to each other than the detector's `merge_um` become the strongest of them.
+
+    image: (H, W, 3) uint8 RGB. batch_size: patches scored together.
+    smallest: probability below which detections are left out.
     """
-    return detections_of(look_at(network, config, image, um_per_px, **options), config, merge_um / um_per_px, smallest)
+    return detections_of(look_at(detector, image, um_per_px, batch_size=batch_size), detector, um_per_px, smallest)

@@ -12,7 +12,7 @@ from dasc.images.slides import Slide, read_overview
 from dasc.images.tissue import UM_PER_PX as TISSUE_UM_PER_PX
 from dasc.images.tissue import Tissue, find_tissue
 from dasc.judge.hotspot import Hotspot, find_hotspot
-from dasc.model.network import SearchNetwork
+from dasc.model.checkpoint import Detector
 
 OVERVIEW_PX = 800  # longest side of a field's overview; a slide's has the resolution its tissue is looked for at
 
@@ -26,26 +26,29 @@ def look_over(slide: Slide, um_per_px: float, whole_px: int, workers: int) -> tu
 
 
 def find_mitoses(
-    network: SearchNetwork,
-    config: dict,
+    detector: Detector,
     slide: Slide,
     um_per_px: float,
     tissue: Tissue | None,
     saved_path: Path,
-    model_sha256: str,
     *,
+    batch_size: int,
+    smallest: float,
     workers: int,
     resume: bool,
-    **options: float,
 ) -> pd.DataFrame:
-    """Detections of one image, as `detect.scan_field`: on its tissue, or on all of a field (tissue None).
+    """Detections of one image, as `field.scan_field`: on its tissue, or on all of a field (tissue None).
 
-    saved_path: where the scan is kept, to be resumed from. model_sha256: of the checkpoint. options: as `scan_field`.
+    saved_path: where the scan is kept. resume: go on from there. The rest: as `slide.scan_slide`.
+    Raises: InputError: a region that cannot be read, or a kept scan of other settings.
     """
-    # A batch only changes the speed; everything else must be the same in a scan that is gone on with.
-    settings = {name: value for name, value in options.items() if name != "batch_size"} | {
-        "model_sha256": model_sha256,
-        "background": config.get("background"),
+    settings = {  # all that the detections depend on: no batch size, which only changes the speed
+        "model_sha256": detector.sha256,
+        "alignment": detector.calibration.alignment,
+        "per_mm2": detector.per_mm2,
+        "merge_um": detector.merge_um,
+        "views": detector.views,
+        "smallest": smallest,
         "um_per_px": um_per_px,
         "file_bytes": slide.path.stat().st_size,
         "as_slide": tissue is not None,
@@ -55,10 +58,19 @@ def find_mitoses(
         return saved.detections
     if tissue is None:
         image = slide.read_region(0, 0, 0, slide.width, slide.height)
-        detections = scan_field(network, config, image, um_per_px, **options)
+        detections = scan_field(detector, image, um_per_px, batch_size=batch_size, smallest=smallest)
     else:
-        options |= {"workers": workers, "progress": saved.progress, "save": saved.save}
-        detections = scan_slide(network, config, slide, um_per_px, tissue, **options)
+        detections = scan_slide(
+            detector,
+            slide,
+            um_per_px,
+            tissue,
+            batch_size=batch_size,
+            smallest=smallest,
+            workers=workers,
+            progress=saved.progress,
+            save=saved.save,
+        )
     saved.finish(detections)
     return detections
 
@@ -66,7 +78,10 @@ def find_mitoses(
 def count_mitoses(
     slide: Slide, name: str, detections: pd.DataFrame, um_per_px: float, source: str, tissue: Tissue | None
 ) -> tuple[dict, Hotspot]:
-    """The image's row of counts.csv, and its hotspot. detections: x_px, y_px, mitosis."""
+    """The image's row of counts.csv, and its hotspot.
+
+    detections: x_px, y_px, mitosis. source: where um_per_px comes from. tissue: None: the whole image counts.
+    """
     mitoses_px = detections.loc[detections["mitosis"], ["x_px", "y_px"]].to_numpy(float)
     hotspot = find_hotspot(mitoses_px, slide.width, slide.height, um_per_px)
     whole_mm2 = slide.width * slide.height * um_per_px**2 / 1e6

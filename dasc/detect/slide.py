@@ -2,8 +2,9 @@
 
 Of a field, the candidates are ranked, the stain is estimated and the second look is chosen among the field's own
 nuclei. A slide is surveyed first: squares spread evenly over its tissue give its stain, the spread of its candidates'
-measures, its background, and the two cuts (a score, a first probability) that keep as many candidates per mm2 as in a
-field. After that every candidate is judged by itself, so that neither the tiles nor their order change the detections.
+measures, its score alignment, and the two cuts (a score, a first probability) that keep as many candidates per mm2 as
+in a field. After that every candidate is judged by itself, so that neither the tiles nor their order change the
+detections.
 """
 
 from collections import deque
@@ -24,9 +25,9 @@ from dasc.detect.tiles import Grid, Tile, make_grid
 from dasc.images.slides import Slide
 from dasc.images.stain import estimate_stain, tissue_density
 from dasc.images.tissue import Tissue
-from dasc.judge.calibration import calibrate, shift_of, uncalibrate
+from dasc.model.checkpoint import Detector
 from dasc.model.inference import device_of, log_odds
-from dasc.model.network import SearchNetwork
+from dasc.model.network import CamNetwork
 
 TILE_UM = 1000.0  # side of a tile, about: larger ones read less margin and take more memory
 SURVEY_UM = 256.0  # side of a surveyed square, about
@@ -48,16 +49,12 @@ class Progress:
 
 
 def scan_slide(
-    network: SearchNetwork,
-    config: dict,
+    detector: Detector,
     slide: Slide,
     um_per_px: float,
     tissue: Tissue,
     *,
     batch_size: int,
-    per_mm2: float,
-    merge_um: float,
-    views: int,
     smallest: float,
     workers: int,
     progress: Progress | None = None,
@@ -67,21 +64,20 @@ def scan_slide(
 ) -> pd.DataFrame:
     """Detections on the tissue of a slide, strongest first: x_px, y_px in its full resolution, probability.
 
-    Args:
-        progress: where an earlier scan with the same settings was left. save: called with it every SAVE_EVERY tiles.
-        workers: threads that read tiles and find candidates. tile_um, shift: side of a tile, and blocks down and
-        across by which the tiles are moved; they change nothing that is found. The rest: as `detect.scan_field`.
-    Errors: InputError where a region cannot be read.
+    batch_size, smallest: as `field.scan_field`. workers: threads that read tiles and find candidates.
+    progress: where an earlier scan with the same settings was left. save: called with it every SAVE_EVERY tiles.
+    tile_um, shift: side of a tile, and blocks down and across by which the tiles are moved; they change nothing that is
+    found.
+    Raises: InputError: a region that cannot be read.
     """
     progress = progress or Progress()
-    grid = make_grid(slide, um_per_px, config["um_per_px"], config["patch_size"])
-    options = {"batch_size": batch_size, "per_mm2": per_mm2, "workers": workers}
+    grid = make_grid(slide, um_per_px, detector.patch_um_per_px, detector.patch_size)
     if progress.survey is None:
-        progress.survey = survey_slide(network, config, slide, grid, tissue, **options)
+        progress.survey = survey_slide(detector, slide, grid, tissue, batch_size=batch_size, workers=workers)
     survey = progress.survey
     odds_shift = survey.get("shift_of_odds", 0.0)  # none where there is no tissue
     if survey:
-        device = device_of(network)
+        device = device_of(detector.network)
         stain = survey["stain"] and np.array(survey["stain"], np.float32)
 
         def look(place: tuple) -> tuple[np.ndarray, torch.Tensor]:
@@ -91,10 +87,10 @@ def scan_slide(
             points_px = points_px[scores >= survey["lowest_score"]]
             in_slide = grid.in_slide(points_px)
             seen = off_the_edge(in_slide, slide.width, slide.height, um_per_px)
-            return in_slide[seen], tile.patches(points_px[seen], config, stain, device)
+            return in_slide[seen], tile.patches(points_px[seen], detector, stain, device)
 
-        lowest = uncalibrate(smallest, config, odds_shift)
-        looks = Looks(network, batch_size, views, survey["second_look"], lowest)
+        lowest = detector.calibration.uncalibrate(smallest, odds_shift)
+        looks = Looks(detector.network, batch_size, detector.views, survey["second_look"], lowest)
         places = place_tiles(grid, tissue, tile_um, shift)[progress.tiles :]
         with ThreadPoolExecutor(max(1, workers)) as pool:
             tiles = tqdm(ahead(pool, look, places, workers), "tiles", total=len(places), leave=False, unit="tile")
@@ -106,8 +102,8 @@ def scan_slide(
                     save(progress)
         progress.found += looks.flush()
     found = np.array(sorted(progress.found, key=lambda one: (-one[2], one[1], one[0]))).reshape(-1, 3)
-    found[:, 2] = calibrate(found[:, 2], config, odds_shift)
-    found = found[merge(found[:, :2], found[:, 2], merge_um / um_per_px)]
+    found[:, 2] = detector.calibration.calibrate(found[:, 2], odds_shift)
+    found = found[merge(found[:, :2], found[:, 2], detector.merge_um / um_per_px)]
     return pd.DataFrame(found, columns=["x_px", "y_px", "probability"])
 
 
@@ -120,21 +116,13 @@ def place_tiles(grid: Grid, tissue: Tissue, tile_um: float, shift: tuple[int, in
 
 
 def survey_slide(
-    network: SearchNetwork,
-    config: dict,
-    slide: Slide,
-    grid: Grid,
-    tissue: Tissue,
-    *,
-    batch_size: int,
-    per_mm2: float,
-    workers: int,
+    detector: Detector, slide: Slide, grid: Grid, tissue: Tissue, *, batch_size: int, workers: int
 ) -> dict[str, Any]:
     """What is judged over the whole slide, from squares spread evenly over the tissue; empty where none has a nucleus.
 
-    Returns: stain, as `stain.estimate_stain`; padding_density, as `nuclei.measure_candidates`; middle and spread, as
-    `nuclei.spread_of`; lowest_score, from which a candidate is looked at; second_look, the probability from which it
-    is looked at again; shift_of_odds, as `calibration.shift_of`.
+    Returns: stain, as `stain.estimate_stain`; padding_density, as `candidates.measure_candidates`; middle and spread,
+    as `candidates.spread_of`; lowest_score, from which a candidate is looked at; second_look, the probability from
+    which it is looked at again; shift_of_odds, as `Calibration.shift_of`.
     """
     side = SURVEY_UM / (grid.step * grid.um_per_px)
     places = place_tiles(grid, tissue, SURVEY_UM, (0, 0))
@@ -145,13 +133,13 @@ def survey_slide(
         return {}
     chosen = [full[index] for index in np.unique(np.linspace(0, len(full) - 1, SURVEYED).round().astype(int))]
     area_mm2 = grid.area_mm2(sum(blocks[place] for place in chosen))
-    device = device_of(network)
+    device = device_of(detector.network)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         tiles = list(pool.map(lambda place: Tile(slide, grid, *place), chosen))
         density = np.concatenate(list(pool.map(lambda tile: tissue_density(tile.image), tiles)))
         if not len(density):
             return {}
-        stain = estimate_stain(density) if config["normalise_stain"] else None
+        stain = estimate_stain(density) if detector.normalise_stain else None
         padding_density = float(np.median(density[:, 0])), float(np.median(density.sum(axis=1)))
         found = list(pool.map(lambda tile: tile.candidates(padding_density, tissue, search_device(device)), tiles))
     measures = np.concatenate([measures for _, measures in found])
@@ -159,11 +147,11 @@ def survey_slide(
         return {}
     middle, spread = spread_of(measures)
     scores = [score_candidates(measures, middle, spread) for _, measures in found]
-    lowest = _cut(np.concatenate(scores), max(AT_LEAST, int(per_mm2 * area_mm2)))
+    lowest = _cut(np.concatenate(scores), max(AT_LEAST, int(detector.per_mm2 * area_mm2)))
     first = []
     for tile, (points_px, _), score in zip(tiles, found, scores, strict=True):
-        patches = tile.patches(points_px[score >= lowest], config, stain, device)
-        first.append(log_odds(network, patches, batch_size).numpy())
+        patches = tile.patches(points_px[score >= lowest], detector, stain, device)
+        first.append(log_odds(detector.network, patches, batch_size).numpy())
     odds = np.concatenate(first)
     return {
         "stain": None if stain is None else stain.tolist(),
@@ -172,16 +160,18 @@ def survey_slide(
         "spread": spread.tolist(),
         "lowest_score": lowest,
         "second_look": _cut(expit(odds), max(AT_LEAST, round(SECOND_LOOK_PER_MM2 * area_mm2))),
-        "shift_of_odds": shift_of(odds, config),
+        "shift_of_odds": detector.calibration.shift_of(odds),
     }
 
 
 class Looks:
-    """Scores candidates in whole batches, whatever tile they come from, and the likely ones again in every view."""
+    """Scores candidates in whole batches, whatever tile they come from, and the likely ones again in every view.
 
-    def __init__(
-        self, network: SearchNetwork, batch_size: int, views: int, second_look: float, smallest: float
-    ) -> None:
+    views: of test-time augmentation, 1, 2, 4 or 8. second_look: probability from which a candidate is seen again.
+    smallest: probability below which it is left out. Both are the network's own, not calibrated.
+    """
+
+    def __init__(self, network: CamNetwork, batch_size: int, views: int, second_look: float, smallest: float) -> None:
         self.network, self.batch_size, self.views = network, batch_size, views
         self.rounds = [([0], second_look), (range(1, views), smallest)] if views > 1 else [([0], smallest)]
         self.waiting: list[list[tuple[np.ndarray, torch.Tensor, np.ndarray]]] = [[] for _ in self.rounds]

@@ -16,6 +16,7 @@ from dasc.detect.candidates import MARGIN_UM, WORKING_UM_PER_PX, measure_candida
 from dasc.images.slides import Slide
 from dasc.images.stain import apply_stain
 from dasc.images.tissue import Tissue
+from dasc.model.checkpoint import Detector
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Tile:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Its own candidates on tissue: points (N, 2) in the level's pixels, and measures (N, 4).
 
-        device: of the search, as `nuclei.measure_candidates`.
+        device: of the search, as `candidates.measure_candidates`.
         """
         points_px, measures = measure_candidates(self.image, self.grid.search_um, padding_density, device)
         points_px = points_px + self.corner_px
@@ -110,13 +111,14 @@ class Tile:
         return points_px[own], measures[own]
 
     def patches(
-        self, points_px: np.ndarray, config: dict, stain: np.ndarray | None, device: torch.device = CPU
+        self, points_px: np.ndarray, detector: Detector, stain: np.ndarray | None, device: torch.device = CPU
     ) -> torch.Tensor:
-        """Patches (N, 3, S, S) uint8 about points (N, 2) of the level, the stain normalised.
+        """Patches (N, 3, S, S) uint8 for the detector, the stain normalised by `stain`.
 
+        points_px: (N, 2), x and y in the level's pixels. stain: as `stain.apply_stain`.
         device: where they are cut, as `patches.PatchCutter`.
         """
         image = apply_stain(self.image, stain)
-        cutter = PatchCutter(image, self.grid.model_um, config["um_per_px"], config["patch_size"], device)
+        cutter = PatchCutter(image, self.grid.model_um, detector.patch_um_per_px, detector.patch_size, device)
         # Candidates lie half-way between two pixels of the patch: a hair less, and every tile rounds alike.
         return cutter.cut_tensor(points_px - self.corner_px - 1e-3)

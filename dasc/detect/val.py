@@ -1,97 +1,79 @@
 """What the validation fields fix: score alignment, calibration and threshold."""
 
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from dasc.data.tables import ValFields
 from dasc.detect.field import detections_of, look_at
-from dasc.errors import InputError
 from dasc.images.read import read_field
-from dasc.judge.calibration import UNCALIBRATED, background, calibrate, fit_calibration, reliability, right_detections
+from dasc.judge.calibration import Calibration, fit_calibration, ordinary_odds, right_detections
 from dasc.judge.metrics import choose_threshold, counts_to_scores, plateau_threshold
-from dasc.model.network import SearchNetwork
+from dasc.model.checkpoint import Detector
+
+SMALLEST = 0.01  # detections below this probability, not calibrated yet, are left out
 
 
-def check_val_fields(data_root: Path, fields: pd.DataFrame) -> None:
-    """Raise InputError where an image of a val field is gone, before hours of training rather than after."""
-    for path in fields.loc[fields["split"] == "val", "path"]:
-        if not (data_root / path).is_file():
-            raise InputError(f"{data_root / path}: this val field is gone; --data_root names the dataset's folder")
+def fit_to_val(
+    detector: Detector, val: ValFields, *, batch_size: int, match_um: float, align: bool = True
+) -> tuple[Detector, pd.DataFrame, np.ndarray, np.ndarray]:
+    """Fix calibration and threshold by scanning the val fields as predict.py would, with the same scan settings.
 
-
-def threshold_on_val(
-    network: SearchNetwork,
-    config: dict,
-    data_root: Path,
-    fields: pd.DataFrame,
-    annotations: pd.DataFrame,
-    *,
-    batch_size: int,
-    per_mm2: float,
-    match_um: float,
-    views: int,
-    reliability_path: Path,
-    use_background: bool = True,
-) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Scan the val fields as predict.py would: what the checkpoint's config gains, and the whole curve.
-
-    The config gains the mean background of the fields, the calibration (temperature, offset) of the probabilities, the
-    threshold (`metrics.plateau_threshold`) and the curve it was chosen from (val_curve), both in calibrated
-    probabilities. Draws the reliability plot.
-
-    Args:
-        fields, annotations: of all splits, as stage 1 wrote them. use_background: False for a model
-        that leaves every image at its own. The rest: as `detect.look_at`.
+    batch_size: patches scored together. match_um: a detection this near to a mitosis is right.
+    align: False: for a detector that aligns no image.
+    Returns: the detector with calibration, threshold (`metrics.plateau_threshold`) and val_curve; the curve, in
+    calibrated probabilities; of all detections the aligned probability, (N,), not calibrated, and whether it is right,
+    (N,) bool.
+    Raises: InputError: a field that cannot be read.
     """
-    of_val = list(fields[fields["split"] == "val"].itertuples())
+    fields = list(val.fields.itertuples())
     looks = [
-        look_at(
-            network,
-            config,
-            read_field(data_root / field.path),
-            field.um_per_px,
-            batch_size=batch_size,
-            per_mm2=per_mm2,
-            views=views,
-        )
-        for field in tqdm(of_val, "val fields", leave=False)
+        look_at(detector, read_field(val.root / field.path), field.um_per_px, batch_size=batch_size)
+        for field in tqdm(fields, "val fields", leave=False)
     ]
-    backgrounds = [background(looked.first) for looked in looks if len(looked.first)]
-    common = {"background": float(np.mean(backgrounds))} if use_background and backgrounds else {}
+    levels = [ordinary_odds(looked.first) for looked in looks if len(looked.first)]
+    alignment = float(np.mean(levels)) if align and levels else None
+    aligned = replace(detector, calibration=Calibration(alignment=alignment))
     found = []
-    mitoses = annotations[annotations["label"] == 1]
-    for field, looked in zip(of_val, looks, strict=True):
-        detections = detections_of(looked, common, match_um / field.um_per_px, smallest=0.01)  # not calibrated yet
-        truth_px = mitoses.loc[mitoses["image"] == field.image, ["x_px", "y_px"]].to_numpy()
+    for field, looked in zip(fields, looks, strict=True):
+        detections = detections_of(looked, aligned, field.um_per_px, SMALLEST)
+        truth_px = val.mitoses.loc[val.mitoses["image"] == field.image, ["x_px", "y_px"]].to_numpy()
         found_px = detections[["x_px", "y_px"]].to_numpy()
         found.append((truth_px * field.um_per_px, found_px * field.um_per_px, detections["probability"].to_numpy()))
     probabilities = np.concatenate([np.empty(0), *(probability for _, _, probability in found)])
     right = right_detections(found, match_um)
-    calibration = fit_calibration(probabilities, right)
-    if calibration == UNCALIBRATED:
+    calibration = replace(fit_calibration(probabilities, right), alignment=alignment)
+    if not calibration.fitted:
         print(
             f"the val fields do not calibrate the probabilities ({right.sum()} of {len(right)} detections right): a "
             "threshold chosen on them may not suit other fields; annotate more of them"
         )
-    reliability(reliability_path, probabilities, right, calibration)
-    found = [(truth, places, calibrate(probability, calibration)) for truth, places, probability in found]
+    found = [(truth, places, calibration.calibrate(probability)) for truth, places, probability in found]
     _, curve = choose_threshold(found, match_um)
-    facts = common | calibration | {"threshold": plateau_threshold(curve)}
-    return facts | {"val_curve": curve.to_dict("list")}, curve
+    fitted = replace(
+        detector, calibration=calibration, threshold=plateau_threshold(curve), val_curve=curve.to_dict("list")
+    )
+    return fitted, curve, probabilities, right
 
 
-def threshold_on_patches(labels: np.ndarray, scores: np.ndarray) -> tuple[float, pd.DataFrame]:
-    """As `threshold_on_val`, for patches that come from no fields: labels (N,) 0 or 1, scores (N,) of val."""
+def fit_to_patches(detector: Detector, labels: np.ndarray, scores: np.ndarray) -> tuple[Detector, pd.DataFrame]:
+    """As `fit_to_val`, for patches that come from no fields: the detector with the threshold of best F1, and the curve.
+
+    labels: (N,), 0 or 1. scores: (N,), p(mitosis) of the val patches.
+    """
     here, nowhere = np.zeros((1, 2)), np.empty((0, 2))
     found = [(here if label else nowhere, here, np.array([score])) for label, score in zip(labels, scores, strict=True)]
-    return choose_threshold(found, radius=1.0)  # every patch is a field with one detection in it
+    threshold, curve = choose_threshold(found, radius=1.0)  # every patch is a field with one detection in it
+    return replace(detector, threshold=threshold), curve
 
 
 def judge_patches(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict:
-    """How well scores (N,) >= threshold tell the labels (N,) 0 or 1: tp fp fn tn precision recall f1 threshold."""
+    """How well patches are told by a threshold: tp, fp, fn, tn, precision, recall, f1, threshold.
+
+    labels: (N,), 0 or 1. scores: (N,), p(mitosis).
+    """
     found, real = scores >= threshold, labels == 1
     tp, fp, fn = (int(part.sum()) for part in (found & real, found & ~real, ~found & real))
     precision, recall, f1 = (float(score) for score in counts_to_scores(tp, fp, fn))

@@ -1,7 +1,11 @@
-"""Networks on disk: save and load, initial weights, weight interpolation, what a resumed training must agree on."""
+"""Models on disk: the detector with all that using it depends on, initial weights, what a resumed training needs."""
 
+import argparse
 import io
 import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +13,130 @@ import torch
 from torch import Tensor
 
 from dasc.errors import InputError
-from dasc.files import replacing
-from dasc.model.network import CLASSES, SearchNetwork, fold_batch_norms
+from dasc.files import replacing, sha256
+from dasc.judge.calibration import UNCALIBRATED, Calibration
+from dasc.model.network import CLASSES, CamNetwork, fold_batch_norms
+
+SCAN_SETTINGS = ("per_mm2", "merge_um", "views")
+CONFIG = (  # what the config of every detector holds, beside the hashes of what it was made from
+    "network",
+    "backbone",
+    "stride",
+    "patch_size",
+    "um_per_px",
+    "normalise_stain",
+    "classes",
+    "threshold",
+    "temperature",
+    "offset",
+    "alignment",
+    "val_curve",
+    *SCAN_SETTINGS,
+    "manifest_sha256",
+)
+# Flags that no epoch of training depends on. Where files lie is one of these: their hashes are compared.
+PLACES = ("manifest", "hard", "scl", "out", "data_root", "init_weights", "model_path")
+AFTERWARDS = ("start_share", "match_um", "per_mm2", "views", "per_group")
+MACHINE = ("device", "workers", "resume")
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A network and how it is used; `dataclasses.replace` makes variants.
+
+    network: ready for prediction: in evaluation mode, with folded batch norms.
+    patch_size: px. patch_um_per_px: um/px of its patches, None where it is not known.
+    normalise_stain: whether its patches had their stain normalised.
+    per_mm2, merge_um, views: how fields are scanned: candidates looked at per mm2, um within which detections merge,
+    views of test-time augmentation. The threshold holds for these.
+    manifest_sha256: of the patches.csv that it was trained on.
+    threshold: calibrated probability from which a detection is a mitosis.
+    val_curve: columns threshold, precision, recall, f1 of the val fields; None where it has seen none.
+    sha256: of the file that it was loaded from.
+    """
+
+    network: CamNetwork
+    patch_size: int
+    patch_um_per_px: float | None
+    normalise_stain: bool
+    per_mm2: float
+    merge_um: float
+    views: int
+    manifest_sha256: str | None
+    threshold: float = 0.5
+    calibration: Calibration = UNCALIBRATED
+    val_curve: dict[str, list] | None = None
+    sha256: str = ""
+
+
+def load_detector(path: Path, device: torch.device) -> Detector:
+    """Load a detector of stage 2 or 8, its network on `device`.
+
+    Raises: InputError: no such file, not a checkpoint (files that would run code are refused), a network of another
+    kind, a config that lacks something or has impossible values, weights that do not fit it or are not finite.
+    """
+    checkpoint = read_checkpoint(path)
+    config = checkpoint["config"]
+    _check_config(path, config)
+    network = CamNetwork(config["backbone"], config["stride"])
+    try:
+        network.load_state_dict(checkpoint["model"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: its weights do not fit its own config ({config['backbone']})") from error
+    if not all(torch.isfinite(tensor).all() for tensor in network.state_dict().values()):
+        raise InputError(f"{path}: its weights are not all finite numbers; train it again")  # it would find nothing
+    return Detector(
+        network=fold_batch_norms(network.to(device, memory_format=torch.channels_last)),
+        patch_size=config["patch_size"],
+        patch_um_per_px=config["um_per_px"],
+        normalise_stain=config["normalise_stain"],
+        per_mm2=config["per_mm2"],
+        merge_um=config["merge_um"],
+        views=config["views"],
+        manifest_sha256=config["manifest_sha256"],
+        threshold=config["threshold"],
+        calibration=Calibration(config["temperature"], config["offset"], config["alignment"]),
+        val_curve=config["val_curve"],
+        sha256=sha256(path),
+    )
+
+
+def save_detector(path: Path, detector: Detector, weights: dict[str, Tensor], **sources: str | None) -> None:
+    """Write a detector: {"model": weights, "config": ...}; the same content gives the same bytes.
+
+    weights: state dict of its network before the batch norms were folded.
+    sources: SHA-256 of what else it was made from, by name; those that are None are left out.
+    """
+    calibration = detector.calibration
+    values = {
+        "network": "cam",
+        "backbone": detector.network.backbone_name,
+        "stride": detector.network.stride,
+        "patch_size": detector.patch_size,
+        "um_per_px": detector.patch_um_per_px,
+        "normalise_stain": detector.normalise_stain,
+        "classes": list(CLASSES),
+        "threshold": detector.threshold,
+        "temperature": calibration.temperature,
+        "offset": calibration.offset,
+        "alignment": calibration.alignment,
+        "val_curve": detector.val_curve,
+        "per_mm2": detector.per_mm2,
+        "merge_um": detector.merge_um,
+        "views": detector.views,
+        "manifest_sha256": detector.manifest_sha256,
+    }
+    values |= {name: source for name, source in sources.items() if source is not None}
+    save_checkpoint(path, _interned({"model": weights, "config": values}))
+
+
+def _interned(value: Any) -> Any:
+    """The same values with equal texts as one object: pickle writes an object once, and after that a reference."""
+    if isinstance(value, dict):
+        return {_interned(name): _interned(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_interned(entry) for entry in value]
+    return sys.intern(value) if type(value) is str else value
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -21,85 +147,26 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
         temporary.write_bytes(buffer.getbuffer())
 
 
-def load_network(path: Path, device: torch.device) -> tuple[SearchNetwork, dict[str, Any]]:
-    """Load a checkpoint for prediction: the network with folded batch norms on `device`, and its config.
-
-    Config: backbone, stride, patch_size (px), um_per_px, normalise_stain, threshold, classes, manifest_sha256.
-
-    Raises:
-        InputError: no such file, not a checkpoint (files that would run code are refused), or an incomplete one.
-    """
-    checkpoint = read_checkpoint(path)
-    config = checkpoint["config"]
-    if config.get("network") == "dual":
-        raise InputError(f"{path}: holds the dual network of stage 4; expected a model of stage 2 (NS) or 8 (DMU_scl)")
-    network = build_network(config)
-    try:
-        network.load_state_dict(checkpoint["model"])
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: its weights do not fit its own config ({config['backbone']})") from error
-    if not all(torch.isfinite(tensor).all() for tensor in network.state_dict().values()):
-        raise InputError(f"{path}: its weights are not all finite numbers; train it again")  # it would find nothing
-    return fold_batch_norms(network.to(device, memory_format=torch.channels_last)), config
-
-
-def build_network(config: dict[str, Any]) -> SearchNetwork:
-    """The network that a checkpoint's config describes, with random weights."""
-    return SearchNetwork(config["backbone"], config["stride"])
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of ours: a dict with at least model (state dict) and config.
+    """Read a finished model of ours, of any stage: a dict with at least model (state dict) and config (a dict).
 
-    Raises:
-        InputError: as `load_network`.
+    Raises: InputError: as `read_tensors`, or without these two.
     """
     checkpoint = read_tensors(path)
-    config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
-    if not isinstance(config, dict) or "model" not in checkpoint:
+    if not isinstance(checkpoint, dict) or "model" not in checkpoint or not isinstance(checkpoint.get("config"), dict):
         raise InputError(f"{path}: not a checkpoint of this project (expected model and config in it)")
-    wanted = ("backbone", "stride", "patch_size", "um_per_px", "normalise_stain", "threshold", "classes")
-    absent = [key for key in wanted if key not in config]
-    if absent:
-        raise InputError(f"{path}: its config lacks {', '.join(absent)}; train it again")
-    if config["classes"] != list(CLASSES):
-        raise InputError(f"{path}: its classes are {str(config['classes'])[:60]}, expected {list(CLASSES)}")
-    strange = [key for key, value in config.items() if not _is_sound(key, value)]
-    if strange:
-        value = str(config[strange[0]])[:60]
-        raise InputError(f"{path}: its config has {strange[0]} {value!r}; train it again")
     return checkpoint
 
 
-def _is_sound(key: str, value: Any) -> bool:
-    """Whether a config may have this value; keys that no reader looks at may have any."""
-    is_number = isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
-    if key in ("stride", "patch_size"):
-        return isinstance(value, int) and is_number and 0 < value <= 4096
-    if key == "um_per_px":
-        return value is None or (is_number and value >= 0)  # none: patches of unknown resolution
-    if key in ("threshold", "offset", "background"):
-        return is_number
-    if key == "temperature":
-        return is_number and value > 0
-    if key == "val_curve":
-        columns = list(value.values()) if isinstance(value, dict) else []
-        return (
-            isinstance(value, dict)
-            and {"threshold", "precision", "recall"} <= value.keys()
-            and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns)
-            and all(isinstance(number, float | int) for column in columns for number in column)
-        )
-    return isinstance(value, {"backbone": str, "normalise_stain": bool}.get(key, object))
-
-
 def read_tensors(path: Path) -> Any:
-    """Read tensors and plain types that torch saved, onto the CPU; InputError where a file holds anything else."""
+    """Read tensors and plain types that torch saved, onto the CPU.
+
+    Raises: InputError: no such file, or one that holds anything else.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(
-            f"{path}: no such file; a training script writes it (stage 2: NS/sigle.py); name another with "
-            "--model_path, or leave out --resume"
+            f"{path}: no such file; a training script writes it (stage 2: NS/sigle.py); name another with --model_path"
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -108,27 +175,61 @@ def read_tensors(path: Path) -> Any:
         raise InputError(f"{path}: not a readable checkpoint, or one that would run code ({reason})") from error
 
 
-def check_same_run(path: Path, checkpoint: dict[str, Any], settings: dict[str, Any], config: dict[str, Any]) -> None:
-    """Raise InputError where the checkpoint is none to resume from, or was begun with other settings or patches."""
-    if not {"settings", "optimizer", "log"} <= checkpoint.keys() or "manifest_sha256" not in checkpoint["config"]:
-        raise InputError(f"{path}: a model, expected the last.pt of an interrupted training; leave out --resume")
-    if checkpoint["config"]["manifest_sha256"] != config["manifest_sha256"]:
-        raise InputError(f"{path}: was trained on another manifest than {settings['manifest']}; leave out --resume")
-    for name, value in settings.items():
-        if checkpoint["settings"].get(name) != value:
-            raise InputError(f"{path}: was begun with --{name} {checkpoint['settings'].get(name)}, not {value}")
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    """Raise InputError where a config is not that of a detector."""
+    if config.get("network") == "dual":
+        raise InputError(f"{path}: holds the dual network of stage 4; expected a model of stage 2 (NS) or 8 (DMU_scl)")
+    absent = [key for key in CONFIG if key not in config]
+    if absent:
+        raise InputError(f"{path}: made by an older version, its config lacks {', '.join(absent)}; train it again")
+    if config["classes"] != list(CLASSES):
+        raise InputError(f"{path}: its classes are {str(config['classes'])[:60]}, expected {list(CLASSES)}")
+    strange = [key for key, value in config.items() if not _is_sound(key, value)]
+    if strange:
+        value = str(config[strange[0]])[:60]
+        raise InputError(f"{path}: its config has {strange[0]} {value!r}; train it again")
 
 
-def load_backbone_weights(network: SearchNetwork, path: Path) -> dict[str, Tensor] | None:
-    """Start the backbone from weights on disk: a checkpoint of stage 2 or 8, or a timm state dict, whole or cut.
+def _is_sound(key: str, value: Any) -> bool:
+    """Whether a config may have this value; keys that no reader looks at may have any."""
+    is_number = isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
+    if key in ("stride", "patch_size"):
+        return isinstance(value, int) and is_number and 0 < value <= 4096
+    if key == "views":
+        return is_number and isinstance(value, int) and value in (1, 2, 4, 8)
+    if key in ("um_per_px", "merge_um"):
+        return (is_number and value >= 0) or (key == "um_per_px" and value is None)  # patches of unknown resolution
+    if key in ("threshold", "offset"):
+        return is_number
+    if key == "alignment":
+        return value is None or is_number
+    if key in ("temperature", "per_mm2"):
+        return is_number and value > 0
+    if key == "val_curve":
+        return value is None or _is_curve(value)
+    kinds = {"network": str, "backbone": str, "normalise_stain": bool, "manifest_sha256": str | None}
+    return isinstance(value, kinds.get(key, object)) and (key != "network" or value == "cam")
 
-    Of a checkpoint the head stays out: only what the backbone has learned carries over to another training.
 
-    Returns:
-        The weights of a checkpoint that fits the whole network, head included, for `blend`; None of any other file.
+def _is_curve(value: Any) -> bool:
+    """Whether a value has the columns of a val curve, all numbers and of one length."""
+    columns = list(value.values()) if isinstance(value, dict) else []
+    return (
+        isinstance(value, dict)
+        and {"threshold", "precision", "recall"} <= value.keys()
+        and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns)
+        and all(isinstance(number, float | int) for column in columns for number in column)
+    )
 
-    Raises:
-        InputError: unreadable file, or weights of another backbone: every tensor the backbone has must be there.
+
+def load_initial_weights(network: CamNetwork, path: Path) -> dict[str, Tensor] | None:
+    """Start the backbone from weights on disk: a model of stage 2 or 8, or a timm state dict, whole or cut.
+
+    Of a model the head stays out: only what the backbone has learned carries over to another training.
+
+    Returns: the weights of a model that fits the whole network, head included, for `interpolate`; None of any other
+    file.
+    Raises: InputError: unreadable file, or weights of another backbone: every tensor of the backbone must be in it.
     """
     content = read_tensors(path)
     content = content.get("model", content) if isinstance(content, dict) else {}
@@ -155,13 +256,48 @@ def _absent(weights: dict[str, Any], wanted: dict[str, Tensor]) -> list[str]:
     ]
 
 
-def blend(trained: dict[str, Tensor], start: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-    """The weights this share of the way back from the trained ones to those the training started from.
+def interpolate(trained: dict[str, Tensor], start: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Weight interpolation (WiSE-FT): the weights this share of the way from the trained ones back to the start.
 
-    What fine-tuning gains on its own slides, and what the start knew of others, are both kept (Wortsman et al. 2022,
+    It keeps both what fine-tuning gains on its own slides and what the start knew of others (Wortsman et al. 2022,
     "Robust fine-tuning of zero-shot models").
     """
     return {
         name: tensor.lerp(start[name].to(tensor), share) if tensor.is_floating_point() else tensor
         for name, tensor in trained.items()
     }
+
+
+def training_settings(args: argparse.Namespace, **files: str | Path | None) -> dict[str, Any]:
+    """Everything that the epochs of a training depend on: flags, and `<name>_sha256` of every file that is given.
+
+    files: the files it reads, by the name of their flag; None or an empty text: not given.
+    """
+    left_out = {*PLACES, *AFTERWARDS, *MACHINE}
+    settings = {name: value for name, value in vars(args).items() if name not in left_out}
+    return settings | {f"{name}_sha256": sha256(Path(path)) for name, path in files.items() if path}
+
+
+def read_last(path: Path, settings: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """Read the last.pt of an interrupted training that had the same settings.
+
+    settings: as `training_settings`. keys: what the last.pt must hold beside its own settings.
+    Raises: InputError: no such file, one that is none of these, other files or settings.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; nothing to resume from, leave out --resume")
+    last = read_tensors(path)
+    if not isinstance(last, dict) or not {*keys, "settings"} <= last.keys() or not isinstance(last["settings"], dict):
+        raise InputError(f"{path}: expected the last.pt of an interrupted training of this stage; leave out --resume")
+    begun = last["settings"]
+    hashes = [name for name in {**settings, **begun} if str(name).endswith("_sha256")]
+    for name in hashes:
+        if begun.get(name) != settings.get(name):
+            flag = str(name).removesuffix("_sha256")
+            other = "other weights" if flag == "init_weights" else "another table"
+            raise InputError(f"{path}: was begun with {other} than --{flag} names; leave out --resume")
+    for name, value in settings.items():
+        if begun.get(name) != value:
+            raise InputError(f"{path}: was begun with --{name} {begun.get(name)}, not {value}")
+    return last

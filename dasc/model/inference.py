@@ -10,28 +10,30 @@ import torch
 
 from dasc.errors import InputError
 from dasc.model.augment import dihedral, to_float
-from dasc.model.network import SearchNetwork
+from dasc.model.network import CamNetwork
 
 CPU_BATCH = 32  # patches scored together by one core, whose cache holds no more
 
 logger = logging.getLogger(__name__)
 
 
-def score_patches(network: SearchNetwork, patches: torch.Tensor, batch_size: int, views: int = 1) -> torch.Tensor:
-    """p(mitosis) of patches (N, 3, S, S) uint8 anywhere: (N,) on the CPU.
+def score_patches(network: CamNetwork, patches: torch.Tensor, batch_size: int, views: int = 1) -> torch.Tensor:
+    """p(mitosis): (N,) float32 on the CPU.
 
-    Args:
-        batch_size: patches scored together; halved where the device's memory is full. On a CPU every core scores
-            CPU_BATCH at a time.
-        views: how many right-angle views of a patch are averaged, in logits: 1, 2, 4 or 8.
+    patches: (N, 3, S, S) uint8, on any device.
+    batch_size: patches scored together; halved where the device's memory is full. On a CPU every core scores CPU_BATCH
+    at a time.
+    views: test-time augmentation: right-angle views of a patch averaged in logits, 1, 2, 4 or 8.
     """
     return torch.sigmoid(log_odds(network, patches, batch_size, range(views)))
 
 
-def log_odds(
-    network: SearchNetwork, patches: torch.Tensor, batch_size: int, views: Sequence[int] = (0,)
-) -> torch.Tensor:
-    """Log odds of a mitosis, averaged over these views (numbers as `augment.dihedral`); else as `score_patches`."""
+def log_odds(network: CamNetwork, patches: torch.Tensor, batch_size: int, views: Sequence[int] = (0,)) -> torch.Tensor:
+    """Log odds of a mitosis, (N,) float32 on the CPU.
+
+    patches, batch_size: as `score_patches`. views: those averaged, as `augment.dihedral` numbers them.
+    Raises: InputError: a device whose memory does not hold one patch.
+    """
     cores, at_once, device = 1, 1, device_of(network)
     if device.type == "cpu":
         cores, at_once, batch_size = torch.get_num_threads(), len(patches), min(batch_size, CPU_BATCH)
@@ -69,7 +71,7 @@ def _on_cores(cores: int) -> Iterator[Callable]:
 
 
 @torch.inference_mode()
-def _score_batch(network: SearchNetwork, batch: torch.Tensor, views: Sequence[int]) -> torch.Tensor:
+def _score_batch(network: CamNetwork, batch: torch.Tensor, views: Sequence[int]) -> torch.Tensor:
     device = device_of(network)
     batch = to_float(batch.to(device))
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -77,10 +79,10 @@ def _score_batch(network: SearchNetwork, batch: torch.Tensor, views: Sequence[in
     return logits[:, 1] - logits[:, 0]
 
 
-def embed_patches(network: SearchNetwork, patches: torch.Tensor, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Features averaged over the patch (N, C) float32, and p(mitosis) (N,), of patches (N, 3, S, S) uint8.
+def embed_patches(network: CamNetwork, patches: torch.Tensor, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features averaged over the patch, (N, C) float32, and p(mitosis), (N,) float32.
 
-    batch_size: as `score_patches`, but that a full memory is an error.
+    patches: (N, 3, S, S) uint8. batch_size: as `score_patches`, but that a full memory is an error.
     """
     cores = 1
     if device_of(network).type == "cpu":
@@ -92,7 +94,7 @@ def embed_patches(network: SearchNetwork, patches: torch.Tensor, batch_size: int
 
 
 @torch.inference_mode()
-def _embed_batch(network: SearchNetwork, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _embed_batch(network: CamNetwork, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     device = device_of(network)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         maps = network.features(to_float(batch.to(device)))

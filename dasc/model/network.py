@@ -1,4 +1,4 @@
-"""The search network: a timm backbone cut at one stride, a class activation map (CAM) head, and its checkpoint."""
+"""The networks: a timm backbone cut at one stride with a class activation map (CAM) head, and two of them in one."""
 
 import copy
 import itertools
@@ -13,22 +13,20 @@ from dasc.errors import InputError
 CLASSES = ("negative", "mitosis")  # the order of the labels 0 and 1
 
 
-class SearchNetwork(nn.Module):
+class CamNetwork(nn.Module):
     """Backbone up to one stride, 1x1 convolution to a CAM per class, global max pooling to logits.
 
-    Takes patches (B, 3, H, W), float in 0..1, RGB; normalises them itself.
+    It takes patches (B, 3, H, W), float in 0..1, RGB, and normalises them itself.
 
-    Args:
-        backbone: name of a timm model that gives feature maps.
-        stride: pixels of the patch per cell of the feature map; 16 is the third block of a ResNet.
-        pretrained: load timm's ImageNet weights, which needs the model hub.
-
-    Raises:
-        InputError: an unknown backbone, one without feature maps at that stride, or no answer from the hub.
+    backbone: name of a timm model that gives feature maps.
+    stride: px of the patch per cell of the feature map; 16 is the third block of a ResNet.
+    pretrained: load timm's ImageNet weights, which needs the model hub.
+    Raises: InputError: an unknown backbone, one without feature maps at that stride, no answer from the hub.
     """
 
     def __init__(self, backbone: str, stride: int = 16, pretrained: bool = False) -> None:
         super().__init__()
+        self.backbone_name, self.stride = backbone, stride  # what rebuilds it
         strides = _feature_strides(backbone)
         if stride not in strides:
             raise InputError(f"backbone {backbone}: has feature maps at strides {strides}, none at {stride}")
@@ -61,23 +59,22 @@ class SearchNetwork(nn.Module):
 
 
 class DualNetwork(nn.Module):
-    """Two search networks with weights of their own, and a 1x1 convolution on their concatenated feature maps.
+    """Two CAM networks with weights of their own, and a 1x1 convolution on their concatenated feature maps.
 
-    Arguments and errors as `SearchNetwork`.
+    backbone, stride, pretrained: as `CamNetwork`, and its errors.
     """
 
     def __init__(self, backbone: str, stride: int = 16, pretrained: bool = False) -> None:
         super().__init__()
-        self.weak = SearchNetwork(backbone, stride, pretrained)
-        self.strong = SearchNetwork(backbone, stride, pretrained)
+        self.weak = CamNetwork(backbone, stride, pretrained)
+        self.strong = CamNetwork(backbone, stride, pretrained)
         self.width = self.weak.cam_head.in_channels + self.strong.cam_head.in_channels
         self.fused_head = nn.Conv2d(self.width, len(CLASSES), kernel_size=1)
 
     def forward(self, weak: Tensor, strong: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (3, B, classes) of the weak, the strong and the fused head, and pooled features (B, width).
 
-        Args:
-            weak, strong: views (B, 3, H, W) of the same patches, float in 0..1, RGB.
+        weak, strong: (B, 3, H, W) float in 0..1, RGB, views of the same patches.
         """
         weak_map, strong_map = self.weak.features(weak), self.strong.features(strong)
         both = torch.cat([weak_map, strong_map], dim=1)
@@ -97,18 +94,7 @@ def _feature_strides(backbone: str) -> list[int]:
 
 
 @torch.no_grad()
-def update_average(average: SearchNetwork, network: SearchNetwork, decay: float) -> None:
-    """Move the running average of the weights towards the network's: average <- decay average + (1 - decay) weights."""
-    of_average, of_network = (itertools.chain(each.parameters(), each.buffers()) for each in (average, network))
-    for mean, now in zip(of_average, of_network, strict=True):
-        if mean.is_floating_point():
-            mean.lerp_(now, 1 - decay)
-        else:
-            mean.copy_(now)  # the count of batches that BatchNorm has seen
-
-
-@torch.no_grad()
-def fold_batch_norms(network: SearchNetwork) -> SearchNetwork:
+def fold_batch_norms(network: CamNetwork) -> CamNetwork:
     """A copy for prediction, in evaluation mode, whose batch norms are part of the convolutions before them.
 
     It gives the same logits, to rounding, in less time: EfficientNet-Lite0 in half, ResNet18 in nine tenths. Where a

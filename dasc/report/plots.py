@@ -1,4 +1,8 @@
-"""Pictures: training curves, precision and recall, contact sheets of patches, detections on their field."""
+"""Every plot and picture that is drawn, but for those inside the report's page.
+
+Training curves, precision and recall, reliability, difficulty, embeddings, contact sheets of patches, detections on
+their field.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,19 +12,27 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from dasc.data.tables import LABELS
 from dasc.files import replacing, spelt_out
+from dasc.judge.calibration import Calibration
 from dasc.judge.metrics import match_field
 
 TRUE, FALSE, MISSED = (0, 210, 0), (255, 220, 0), (40, 120, 255)  # RGB: green, yellow, blue
 DETECTION = (0, 220, 220)  # cyan, where no annotation says whether it is right
-BACKGROUND = (40, 40, 40)  # behind text, which no tissue then makes illegible
+BOX = (40, 40, 40)  # behind text, which no tissue then makes illegible
 CIRCLE_UM = 12.5  # radius of a circle: the figure inside stays visible
 TILE_PX, GAP_PX, MARGIN_PX, TITLE_PX, CAPTION_PX = 112, 8, 16, 34, 18  # of a contact sheet
+VERDICT_COLORS = {"clean": "#74a9cf", "noisy": "black", "dropped": "#7b3294"}  # hard: yellow to red by level
+BINS = 10  # of the reliability plot, equally wide; those with fewer than FEWEST_IN_BIN detections are left out
+FEWEST_IN_BIN = 5
 DPI = 128  # a power of two, so that a size in inches gives back the exact pixels
 
 
 def curves(path: Path, log: pd.DataFrame, panels: Mapping[str, Sequence[str]]) -> None:
-    """Draw columns of a log against its `epoch` (or row number): panels maps a title to its columns."""
+    """Draw columns of a log against its `epoch` (or row number).
+
+    panels: columns by the title of their panel.
+    """
     figure = Figure(figsize=(4.5 * max(len(panels), 1), 3.2), layout="constrained")
     epoch = log["epoch"] if "epoch" in log else range(len(log))
     axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
@@ -50,6 +62,82 @@ def precision_recall(path: Path, curve: pd.DataFrame, threshold: float) -> None:
         axis.plot(chosen["recall"], chosen["precision"], "o", color="black", label=label)
         axis.legend(loc="lower left")
     axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    _save(path, figure)
+
+
+def detector_curves(
+    out: Path, log: pd.DataFrame, panels: Mapping[str, Sequence[str]], curve: pd.DataFrame, threshold: float
+) -> None:
+    """Draw how a detector was trained, OUT/curves.png, and how it does on val, OUT/val_curve.png.
+
+    log, panels: as `curves`. curve, threshold: as `precision_recall`.
+    """
+    curves(out / "curves.png", log, panels)
+    precision_recall(out / "val_curve.png", curve, threshold)
+
+
+def reliability(path: Path, probabilities: np.ndarray, right: np.ndarray, calibration: Calibration) -> None:
+    """Draw how many detections of val are right against their probability, before and after calibration.
+
+    probabilities: (N,), aligned but not calibrated. right: (N,) bool.
+    """
+    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], color="0.8")
+    for name, shown in (("network", probabilities), ("calibrated", calibration.calibrate(probabilities))):
+        bins = np.minimum((shown * BINS).astype(int), BINS - 1)
+        groups = [bins == one for one in range(BINS) if (bins == one).sum() >= FEWEST_IN_BIN]
+        axis.plot([shown[one].mean() for one in groups], [right[one].mean() for one in groups], marker="o", label=name)
+    axis.set(xlabel="mean probability", ylabel="share of detections that are right", xlim=(0, 1), ylim=(0, 1))
+    axis.set_title(f"val fields, {len(right)} detections, {int(right.sum())} right", fontsize=10)
+    axis.legend(loc="upper left")
+    _save(path, figure)
+
+
+def difficulty_plane(path: Path, groups: Mapping[tuple[int, str], pd.DataFrame], levels: int) -> None:
+    """Draw every patch at its forget rate and centroid distance, one panel per label, coloured by what it is.
+
+    groups: patches (forget_rate, centroid_distance) by label and by name: clean, `hard, level 0` and so on up to
+    levels - 1, noisy, dropped; drawn in this order.
+    """
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    shades = {f"hard, level {level}": (1.0, 0.85 * (1 - level / max(levels - 1, 1)), 0.0) for level in range(levels)}
+    axes = dict(zip(LABELS, figure.subplots(1, len(LABELS), sharey=True), strict=True))
+    for (label, name), members in groups.items():
+        axes[label].scatter(
+            members["forget_rate"],
+            members["centroid_distance"],
+            s=10,
+            alpha=0.6,
+            linewidths=0,
+            color=(VERDICT_COLORS | shades)[name],
+            label=f"{name} ({len(members)})",
+        )
+    for label, axis in axes.items():
+        axis.set(title=LABELS[label], xlabel="forget rate", xlim=(-0.03, 1.03))
+        axis.grid(alpha=0.3)
+        axis.legend(markerscale=2)
+    axes[0].set_ylabel("centroid distance")
+    _save(path, figure)
+
+
+def embedding(path: Path, features: np.ndarray, groups: Mapping[str, Sequence[str]]) -> None:
+    """Draw the first two principal components of L2-normalised features, one panel per grouping.
+
+    features: (N, C) float. groups: for the title of each panel, `by ...`, the N names of the patches' groups.
+    """
+    from sklearn.decomposition import PCA  # half a second, which predict.py does not need
+
+    directions = features / np.linalg.norm(features, axis=1, keepdims=True).clip(min=1e-12)
+    places = PCA(2, random_state=0).fit_transform(directions)
+    figure = Figure(figsize=(7.5 * len(groups), 5.5), layout="constrained")
+    for axis, (title, names) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
+        names = np.asarray(names, dtype=object)
+        for name in sorted(set(names)):
+            members = names == name
+            axis.scatter(*places[members].T, s=8, alpha=0.6, linewidths=0, label=_literal(f"{name} ({members.sum()})"))
+        axis.set(title=_literal(f"by {title}"), xlabel="first component", ylabel="second component")
+        axis.legend(markerscale=2, loc="upper left", bbox_to_anchor=(1, 1))  # beside, to hide no patch
     _save(path, figure)
 
 
@@ -171,7 +259,7 @@ def _write(image: np.ndarray, text: str, place: tuple[int, int], color: tuple[in
     pad = max(2, height // 3)
     x = max(pad, min(place[0], image.shape[1] - width - pad))
     y = max(height + pad, min(place[1], image.shape[0] - pad))
-    cv2.rectangle(image, (x - pad, y - height - pad), (x + width + pad, y + pad), BACKGROUND, cv2.FILLED)
+    cv2.rectangle(image, (x - pad, y - height - pad), (x + width + pad, y + pad), BOX, cv2.FILLED)
     cv2.putText(image, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, scale, color, stroke, cv2.LINE_AA)
 
 
@@ -186,6 +274,6 @@ def _legend(
     middles = np.add(corners, (width / 2, height / 2))
     distance = np.linalg.norm(middles[:, None] - centres[None], axis=2).min(axis=1, initial=np.inf)
     left, top = corners[int(distance.argmax())]
-    cv2.rectangle(image, (left, top), (left + width, top + height), BACKGROUND, cv2.FILLED)
+    cv2.rectangle(image, (left, top), (left + width, top + height), BOX, cv2.FILLED)
     for index, (text, color) in enumerate(entries, start=1):
         _write(image, text, (left + row // 2, top + index * row), color, field_px)

@@ -26,16 +26,12 @@ def nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest allowed pool patches of every query, by comparing each query with each of them.
 
-    Args:
-        queries: features (Q, C). allowed: bool (N,), the rows of the pool that may be taken.
-        read: features (stop - start, C) of the pool's rows from start to stop. at: those (R, C) of the given rows (R,).
-        metric: l2 (Euclidean distance) or cosine (1 - cosine similarity, so that the most similar are the nearest).
-
-    Returns: rows (Q, k) int64 and distances (Q, k) float64, nearest first; of equally near ones the lower row,
-        unless more than SPARE of them compete for the last place.
-
-    Raises:
-        InputError: features that do not have the queries' width, or fewer than k allowed rows.
+    queries: (Q, C), features. allowed: (N,) bool, the rows of the pool that may be taken.
+    read: gives features (stop - start, C) of the pool's rows from start to stop. at: those (R, C) of given rows (R,).
+    metric: l2 (Euclidean distance) or cosine (1 - cosine similarity, so that the most similar are the nearest).
+    Returns: rows (Q, k) int64 and distances (Q, k) float64, nearest first; of equally near ones the lower row, unless
+    more than SPARE of them compete for the last place.
+    Raises: InputError: features that do not have the queries' width, or fewer than k allowed rows.
     """
     if k > allowed.sum():
         raise InputError(f"k {k}: only {allowed.sum()} pool patches may be mined; lower --k")
@@ -47,18 +43,18 @@ def nearest(
     best = torch.full((len(wanted), kept), -torch.inf, device=device)
     rows = torch.zeros((len(wanted), kept), dtype=torch.long, device=device)
     for start in tqdm(range(0, len(allowed), BLOCK), "nearest", leave=False, disable=len(allowed) <= BLOCK):
-        may = allowed[start : start + BLOCK]
-        if not may.any():
+        takeable = allowed[start : start + BLOCK]
+        if not takeable.any():
             continue
-        block = torch.from_numpy(np.ascontiguousarray(read(start, start + len(may)))).to(device).float()
-        if block.shape != (len(may), wanted.shape[1]):
-            raise InputError(f"pool features {tuple(block.shape)}, expected {(len(may), wanted.shape[1])}")
+        block = torch.from_numpy(np.ascontiguousarray(read(start, start + len(takeable)))).to(device).float()
+        if block.shape != (len(takeable), wanted.shape[1]):
+            raise InputError(f"pool features {tuple(block.shape)}, expected {(len(takeable), wanted.shape[1])}")
         block = block - centre if metric == "l2" else F.normalize(block)
         scores = wanted @ block.T  # the largest is the nearest: |q - x|^2 = |q|^2 - 2 (q x - |x|^2 / 2)
         if metric == "l2":
             scores -= block.square().sum(dim=1) / 2
-        scores[:, torch.from_numpy(~may).to(device)] = -torch.inf
-        top, place = scores.topk(min(kept, len(may)), dim=1)
+        scores[:, torch.from_numpy(~takeable).to(device)] = -torch.inf
+        top, place = scores.topk(min(kept, len(takeable)), dim=1)
         best, order = torch.cat([best, top], dim=1).topk(kept, dim=1)
         rows = torch.cat([rows, place + start], dim=1).gather(1, order)
 
@@ -73,7 +69,10 @@ def nearest(
 
 
 def distance(query: np.ndarray, features: np.ndarray, metric: str) -> np.ndarray:
-    """Distances (N,) float64 of features (N, C) from one query (C,), in the metric of `nearest`."""
+    """Distances (N,) float64 of features (N, C) from one query (C,).
+
+    metric: as `nearest`.
+    """
     query, features = np.asarray(query, np.float64), np.asarray(features, np.float64)
     if metric == "l2":
         return np.linalg.norm(features - query, axis=1)

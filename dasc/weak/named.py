@@ -18,8 +18,7 @@ _LABELS = {"neg": 0, "pos": 1}
 def labelled_images(folder: Path) -> pd.DataFrame:
     """The labelled patches of a folder: path (to the file), label (0 or 1), case (the slide), in the order of names.
 
-    Raises:
-        InputError: no image in the folder, or one whose name does not say both.
+    Raises: InputError: no image in the folder, or one whose name does not say both.
     """
     rows = []
     for path in find_images([folder]):
@@ -39,8 +38,7 @@ def slide_of(path: Path) -> str:
 def read_square(path: Path, expected_px: int, patch_px: int) -> np.ndarray:
     """Read a patch that must be `expected_px` square, and bring it to `patch_px`: (S, S, 3) uint8 RGB.
 
-    Raises:
-        InputError: a file that cannot be read, or of another size: its tissue would change scale unseen.
+    Raises: InputError: a file that cannot be read, or of another size: its tissue would change scale unseen.
     """
     image = read_field(path)
     if image.shape[:2] != (expected_px, expected_px):

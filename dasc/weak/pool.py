@@ -16,7 +16,7 @@ from dasc.data.tables import PATCHES, check_once, inside, read_table
 from dasc.errors import InputError
 from dasc.images.read import find_images
 from dasc.model.inference import embed_patches
-from dasc.model.network import SearchNetwork
+from dasc.model.network import CamNetwork
 from dasc.weak.duplicates import THUMBNAIL_PX, thumbnail
 from dasc.weak.named import FORM, read_square, slide_of
 
@@ -26,23 +26,19 @@ POOL = {"patch": str, "case": str}  # columns of a pool manifest; those of patch
 def read_pool(path: Path, unknown_slides: bool) -> tuple[Path, pd.DataFrame]:
     """The patches of a pool: the folder their paths are relative to, and a row per patch.
 
-    Args:
-        path: a folder of images whose names state the slide, or a CSV with the columns patch and case, such as a
-            patches.csv; its positives are left out.
-        unknown_slides: take patches of unknown slide too, as case "".
-
-    Returns: columns patch, case, image, x_px, y_px (NaN where unknown).
-
-    Raises:
-        InputError: no such pool, an empty one, a patch twice, one without a slide.
+    path: a folder of images whose names state the slide, or a CSV with the columns patch and case, such as a
+    patches.csv; its positives are left out.
+    unknown_slides: take patches of unknown slide too, as case "".
+    Returns: the table has the columns patch, case, image, x_px, y_px (NaN where unknown).
+    Raises: InputError: no such pool, an empty one, a patch twice, one without a slide.
     """
-    mend = f"expected {FORM}, with or without pos_ or neg_, or a CSV with the columns patch and case"
+    advice = f"expected {FORM}, with or without pos_ or neg_, or a CSV with the columns patch and case"
     if path.is_dir():
         folder, files = path, find_images([path])
         table = pd.DataFrame({"patch": [file.relative_to(path).as_posix() for file in files]})
         table["case"] = [slide_of(file) for file in files]
     else:
-        folder, mend = path.parent, "fill in the column case"
+        folder, advice = path.parent, "fill in the column case"
         table = read_table(path, POOL, "python pre/cut_patch_2.py")
         columns = pd.read_csv(path, nrows=0, encoding="utf-8").columns
         table = read_table(path, {name: kind for name, kind in PATCHES.items() if name in columns}, "")
@@ -53,11 +49,12 @@ def read_pool(path: Path, unknown_slides: bool) -> tuple[Path, pd.DataFrame]:
             inside(patch, path)
     if table.empty:
         raise InputError(f"{path}: the pool is empty; expected at least one patch that is not labelled positive")
-    without = table["patch"][table["case"] == ""]
-    if len(without) and not unknown_slides:
+    slideless = table["patch"][table["case"] == ""]
+    if len(slideless) and not unknown_slides:
         raise InputError(
-            f"{path}: {len(without)} of {len(table)} pool patches state no slide (first: {without.iloc[0]}); {mend}; "
-            "--unknown_slides True takes them, and then only the near-duplicate test keeps val and test tissue out"
+            f"{path}: {len(slideless)} of {len(table)} pool patches state no slide (first: {slideless.iloc[0]}); "
+            f"{advice}; --unknown_slides True takes them, and then only the near-duplicate test keeps val and test "
+            "tissue out"
         )
     for column, value in (("image", table["case"]), ("x_px", np.nan), ("y_px", np.nan)):
         if column not in table:
@@ -80,15 +77,13 @@ class PoolFeatures:
         self.rows = np.empty(0, dtype=np.int64)  # the record of each patch of the pool that was embedded last
 
     def embed(
-        self, network: SearchNetwork, folder: Path, patches: list[str], sizes: tuple[int, int], batch: int, workers: int
+        self, network: CamNetwork, folder: Path, patches: list[str], sizes: tuple[int, int], batch: int, workers: int
     ) -> None:
-        """Compute the records that are missing, and find those of `patches` (paths relative to `folder`).
+        """Compute the records that are missing, and find those of `patches`.
 
-        Args:
-            sizes: side of the patches in px as they are on disk, and as the network takes them.
-
-        Raises:
-            InputError: a patch that cannot be read or has another size; records so far are kept.
+        patches: paths relative to `folder`. sizes: side in px as they are on disk, and as the network takes them.
+        batch: patches embedded together. workers: threads that read.
+        Raises: InputError: a patch that cannot be read or has another size; records so far are kept.
         """
         keys = np.array([_key(folder, patch) for patch in patches], dtype=np.uint64)
         missing = np.flatnonzero(~np.isin(keys, self._keys()))
@@ -101,7 +96,7 @@ class PoolFeatures:
         order = np.argsort(known, kind="stable")
         self.rows = order[np.searchsorted(known, keys, sorter=order)]
 
-    def _append(self, network: SearchNetwork, keys: np.ndarray, missing: np.ndarray, batches: Iterator) -> None:
+    def _append(self, network: CamNetwork, keys: np.ndarray, missing: np.ndarray, batches: Iterator) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file, tqdm(total=len(missing), desc="pool", unit="patch") as progress:
             file.truncate(file.tell() // self.type.itemsize * self.type.itemsize)  # a killed run's half record

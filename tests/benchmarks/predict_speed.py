@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 from dasc.detect.candidates import find_candidates
 from dasc.detect.field import scan_field, search_device
 from dasc.images.read import read_field
-from dasc.model.network import SearchNetwork, fold_batch_norms
+from dasc.model.checkpoint import Detector
+from dasc.model.network import CamNetwork, fold_batch_norms
 from dasc.run import pick_device
 
 WIDTH, HEIGHT = 7215, 5412  # a field of MIDOG
@@ -70,7 +71,8 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = pick_device(args.device)
-    options = {"batch_size": 256, "merge_um": 7.5, "views": 8, "smallest": 0.05}
+    options = {"batch_size": 256, "smallest": 0.05}
+    scan_settings = {"merge_um": 7.5, "views": 8, "manifest_sha256": None}
     image = mosaic(args.field)
     with tempfile.TemporaryDirectory() as folder:
         tifffile.imwrite(Path(folder, "field.tiff"), image)
@@ -80,12 +82,11 @@ if __name__ == "__main__":
     for name in args.networks:
         backbone, size, stride = name.split(":")
         torch.manual_seed(0)
-        network = fold_batch_norms(SearchNetwork(backbone, int(stride)).to(device, memory_format=torch.channels_last))
-        config = {"patch_size": int(size), "um_per_px": 0.25, "normalise_stain": True}
+        network = fold_batch_norms(CamNetwork(backbone, int(stride)).to(device, memory_format=torch.channels_last))
         for what, per_mm2 in (("ours", 3000), ("every candidate", 1e6))[: 2 if name == args.networks[0] else 1]:
-            options["per_mm2"] = per_mm2
-            scan_field(network, config, image[:600, :600], args.um_per_px, **options)  # warm
-            scan = lambda: scan_field(network, config, image, args.um_per_px, **options)  # noqa: E731, B023
+            detector = Detector(network, int(size), 0.25, True, per_mm2, **scan_settings)
+            scan_field(detector, image[:600, :600], args.um_per_px, **options)  # warm
+            scan = lambda: scan_field(detector, image, args.um_per_px, **options)  # noqa: E731, B023
             say(f"{what}, {backbone} at {size} px", *timed(scan)[:2])
     detector = torchvision.models.detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None)
     detector.to(device).eval()

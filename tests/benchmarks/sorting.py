@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from dasc.model.augment import to_float
-from dasc.model.checkpoint import load_backbone_weights
-from dasc.model.network import SearchNetwork
+from dasc.model.checkpoint import load_initial_weights
+from dasc.model.network import CamNetwork
 from dasc.model.views import weak_view
 
 BATCH_SIZE = 64
@@ -67,8 +67,8 @@ def drawn(args: argparse.Namespace, folder: Path, rng: np.random.Generator) -> p
 def train(args, patches, labels, rows, seed: int, held_out=()) -> tuple[np.ndarray, np.ndarray]:
     """A plain network on `rows`: p(label) of every row per epoch (epochs, rows), and p (held out, 2) at the end."""
     torch.manual_seed(seed)
-    network = SearchNetwork(args.backbone, args.stride)
-    load_backbone_weights(network, Path(args.init_weights))
+    network = CamNetwork(args.backbone, args.stride)
+    load_initial_weights(network, Path(args.init_weights))
     network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
     rows, steps = torch.as_tensor(rows), -(-len(rows) // BATCH_SIZE)

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from dasc.model.augment import located_view, training_view
+from dasc.model.loop import update_ema
 from dasc.model.losses import graded_cross_entropy, localisation, subclass_contrastive
-from dasc.model.network import SearchNetwork, update_average
+from dasc.model.network import CamNetwork
 from dasc.run import pick_device
 
 if __name__ == "__main__":
@@ -39,7 +40,7 @@ if __name__ == "__main__":
     groups = labels * 4 + torch.randint(0, 4, (len(patches),), generator=generator)
     points_px = torch.rand(len(patches), 2, generator=generator) * (args.patch_size - 1)
     for backbone in args.backbones:
-        network = SearchNetwork(backbone, args.stride).to(device, memory_format=torch.channels_last).train()
+        network = CamNetwork(backbone, args.stride).to(device, memory_format=torch.channels_last).train()
         average = copy.deepcopy(network)
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
         ready = torch.rand(args.batch_size, *shape[1:], device=device).to(memory_format=torch.channels_last)
@@ -61,7 +62,7 @@ if __name__ == "__main__":
         def stage_2(batch, network=network, average=average, loss=cross_entropy, step=step):
             views = training_view(patches[batch].to(device), generator, 0.2, 0.2, 0.8)
             step(loss(views, labels[batch].to(device)))
-            update_average(average, network, 0.98)
+            update_ema(average, network, 0.98, 10_000)
 
         def stage_8(batch, network=network, average=average, step=step):
             there, points = patches[batch].to(device), points_px[batch].to(device)
@@ -77,7 +78,7 @@ if __name__ == "__main__":
                 embedding, targets, group, 0.1 * softer, 0.1 * softer, 1 / softer, 0.25
             )
             step(loss + 0.1 * localisation(cam[:, 1], points, args.patch_size))
-            update_average(average, network, 0.98)
+            update_ema(average, network, 0.98, 10_000)
 
         times = {bare: [], stage_2: [], stage_8: []}
         for number in range(args.steps + 2):
