@@ -36,7 +36,7 @@ if __name__ == "__main__":
     shape = (4096, 3, args.patch_size, args.patch_size)
     patches = torch.randint(0, 255, shape, dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 2, (len(patches),), generator=generator)
-    levels = torch.randint(0, 4, (len(patches),), generator=generator)
+    grades = torch.randint(0, 4, (len(patches),), generator=generator) / 3
     groups = labels * 4 + torch.randint(0, 4, (len(patches),), generator=generator)
     points_px = torch.rand(len(patches), 2, generator=generator) * (args.patch_size - 1)
     for backbone in args.backbones:
@@ -65,15 +65,15 @@ if __name__ == "__main__":
             update_ema(average, network, 0.98, 10_000)
 
         def stage_8(batch, network=network, average=average, step=step):
-            there, points = patches[batch].to(device), points_px[batch].to(device)
-            views, points = located_view(there, points, generator, 0.2, 0.2, 0.8)
+            shown, points = patches[batch].to(device), points_px[batch].to(device)
+            views, points = located_view(shown, points, generator, 0.2, 0.2, 0.8)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 maps = network.features(views)
                 cam = network.cam(maps)
             cam, embedding = cam.float(), F.normalize(maps.float().mean(dim=(2, 3)), dim=1)
-            targets, level, group = (table[batch].to(device) for table in (labels, levels, groups))
-            softer = 1 + 0.5 * (3 - level) / 3
-            loss = graded_cross_entropy(cam.amax(dim=(2, 3)), targets, level, 2, 3, 0.1, 0.7)
+            targets, hardness, group = (table[batch].to(device) for table in (labels, grades, groups))
+            softer = 1 + 0.5 * hardness
+            loss = graded_cross_entropy(cam.amax(dim=(2, 3)), targets, hardness, 0.1, 0.7)
             loss = loss + 0.1 * subclass_contrastive(
                 embedding, targets, group, 0.1 * softer, 0.1 * softer, 1 / softer, 0.25
             )
