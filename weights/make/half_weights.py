@@ -5,7 +5,6 @@ alignment, calibration and threshold of a model that was trained the same way wi
 """
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,19 +15,19 @@ import torch
 
 from dasc.data.tables import ValFields, read_cut_fields
 from dasc.detect.val import fit_to_val
+from dasc.flags import true_or_false
 from dasc.model.checkpoint import Detector, load_detector, read_checkpoint, save_detector
 from dasc.report.plots import reliability
-from dasc.run import true_or_false
 
 
 def fitted_on(model_path: Path, cut_folder: Path, cases: list[str], align: bool) -> Detector:
     """The detector fitted to all fields of these cases as stage 2 fits it to the val fields."""
     root, fields, annotations = read_cut_fields(cut_folder)
     of_cases = ValFields(root, fields[fields["case"].isin(cases)], annotations[annotations["label"] == 1])
-    stage_2 = json.loads(model_path.with_name("run.json").read_text(encoding="utf-8"))["arguments"]
-    settings = {name: stage_2[name] for name in ("batch_size", "match_um")}
     detector = load_detector(model_path, torch.device("cpu"))
-    detector, curve, probabilities, right = fit_to_val(detector, of_cases, **settings, align=align)
+    detector, curve, probabilities, right = fit_to_val(
+        detector, of_cases, batch_size=256, match_um=detector.merge_um, align=align
+    )
     reliability(model_path.with_name("sibling_reliability.png"), probabilities, right, detector.calibration)
     print(f"{model_path} on {' '.join(cases)}: F1 {curve['f1'].max():.3f} at best; threshold {detector.threshold:.3f}")
     return detector
@@ -46,11 +45,11 @@ if __name__ == "__main__":
     parser.add_argument("--sibling", type=Path, help="model whose calibration and threshold the file gets")
     parser.add_argument("--patches", type=Path, default=Path("data/patches"), help="stage 1's folder of the sibling")
     parser.add_argument("--cases", nargs="+", default=["H03", "H05"], help="that the sibling has not trained on")
-    parser.add_argument("--align", type=true_or_false, default=True, help="align images with the sibling's")
+    parser.add_argument("--score_alignment", type=true_or_false, default=True, help="align images with the sibling's")
     args = parser.parse_args()
     checkpoint, detector = read_checkpoint(args.model_path), load_detector(args.model_path, torch.device("cpu"))
     if args.sibling:
-        fitted = fitted_on(args.sibling, args.patches, args.cases, args.align)
+        fitted = fitted_on(args.sibling, args.patches, args.cases, args.score_alignment)
         names = ("calibration", "threshold", "val_curve", "per_mm2", "merge_um", "views")
         detector = replace(detector, **{name: getattr(fitted, name) for name in names})
     # Vectors (biases, BatchNorm's statistics) are small, and a variance can exceed float16's range.

