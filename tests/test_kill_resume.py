@@ -24,7 +24,7 @@ from pipeline import LIGHT, ROOT, fails, readme_commands, succeed
 
 import dasc.detect.slide
 from dasc.images.read import read_field
-from dasc.model.checkpoint import read_checkpoint, save_checkpoint
+from dasc.model.checkpoint import read_checkpoint, read_tensors, save_checkpoint
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks, and SIGKILL")
 TIMES = ("run.json", "report.html")  # they tell when a run was; every other file must be the same to the last byte
@@ -207,7 +207,7 @@ def test_killed_from_outside(small_run, tmp_path, request, record_property):
             break
     else:
         pytest.fail(f"the run ended before each of {DRAWS} kills")
-    epochs = len(read_checkpoint(tmp_path / "out/last.pt")["log"])
+    epochs = len(read_tensors(tmp_path / "out/last.pt")["log"])
     there = sorted(path.name for path in (tmp_path / "out").iterdir())
     record_property(
         "a process", f"killed {after:.2f} s after the first epoch, {epochs} epochs in last.pt; there: {there}"
