@@ -192,7 +192,7 @@ def overlay(
     """Circle the mitoses on a copy of the field, (H, W, 3) uint8 RGB, with a legend in the emptiest corner.
 
     detections: x_px, y_px, probability, mitosis; rows whose mitosis is false are not drawn.
-    truth_px: (T, 2), the annotations: detections are true (green) or false (yellow) and annotations missed (blue). None:
+    truth_px: (T, 2), the annotations: detections are true (green) or false (yellow), annotations missed (blue); None:
     every circle is cyan with its probability.
     um_per_px, match: as `metrics.match_field`, which matches them.
     Raises: InputError: as `metrics.match_field`.
