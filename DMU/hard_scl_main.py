@@ -220,7 +220,7 @@ def draw(out: Path, rows: pd.DataFrame, patches: torch.Tensor, features: np.ndar
     for (label, subclass), members in rows.reset_index(drop=True).groupby(["label", "subclass"]):
         shown = rng.permutation(members.index.to_numpy())[: args.per_group]
         title = f"{LABELS[label]}: subclass {subclass}, {len(members)} patches, shown here"
-        sheet.append((title, patches[shown].permute(0, 2, 3, 1).numpy(), level[shown]))
+        sheet.append((title, patches[shown].permute(0, 2, 3, 1).numpy(), level[shown].tolist()))
     contact_sheet(out / "subclasses.png", sheet, per_group=args.per_group)
     subclass = rows["label"].map(LABELS) + " " + rows["subclass"].astype(str)
     embedding(out / "embedding.png", features, {"subclass": subclass, "level": level})

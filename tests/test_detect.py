@@ -5,13 +5,19 @@ from dataclasses import replace
 
 import cv2
 import numpy as np
+import pandas as pd
+import pytest
 import torch
 from scipy.special import expit
 
 import dasc.detect.candidates
 import dasc.detect.field
 from dasc.data.patches import PatchCutter
+from dasc.data.tables import ValFields
 from dasc.detect.field import merge, over_all_views, scan_field
+from dasc.detect.val import fit_to_val
+from dasc.judge.calibration import Calibration
+from dasc.judge.metrics import plateau_threshold
 from dasc.model.checkpoint import Detector
 from dasc.model.inference import embed_patches, log_odds, score_patches
 from dasc.model.network import CamNetwork
@@ -182,3 +188,38 @@ def test_a_field_searched_on_a_device_gives_the_same(monkeypatch):
     on_device = scan(image, 0.25, views=8)
     assert len(found) > 15 and len(searched) == 5 and all(isinstance(image, torch.Tensor) for image in searched)
     assert np.allclose(found, on_device, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def val(tmp_path_factory):
+    """Three fields of nuclei of all shades, the darkest of which are mitoses."""
+    root, rng, fields, mitoses = tmp_path_factory.mktemp("val"), np.random.default_rng(0), [], []
+    for number in range(3):
+        image = np.full((700, 800, 3), (235, 200, 220), np.uint8)
+        for x, y in rng.uniform(40, 660, (80, 2)).round().astype(int).tolist():
+            shade = int(rng.integers(60, 150))
+            cv2.circle(image, (x, y), int(rng.integers(8, 16)), (shade, shade - 20, shade + 40), -1)
+            if shade < 90:
+                mitoses.append((f"{number}", x, y))
+        cv2.imwrite(str(root / f"{number}.png"), cv2.cvtColor(cv2.GaussianBlur(image, (0, 0), 1.5), cv2.COLOR_RGB2BGR))
+        fields.append((f"{number}", f"{number}.png", 0.25))
+    fields = pd.DataFrame(fields, columns=["image", "path", "um_per_px"])
+    return ValFields(root, fields, pd.DataFrame(mitoses, columns=["image", "x_px", "y_px"]))
+
+
+@pytest.mark.parametrize("align", [True, False])
+@pytest.mark.parametrize("changes", [{}, {"views": 4}, {"merge_um": 20.0}, {"per_mm2": 300.0}])
+def test_val_is_scanned_as_the_detector_says(val, changes, align):
+    before = detector_of(Darkness(), calibration=Calibration(2.0, 1.0, 3.0), **changes)
+    fitted, curve, probabilities, right = fit_to_val(before, val, batch_size=16, match_um=7.5, align=align)
+    alignment = fitted.calibration.alignment
+    assert (alignment is not None) == align
+    aligned = replace(before, calibration=Calibration(alignment=alignment))
+    images = [cv2.cvtColor(cv2.imread(str(val.root / path)), cv2.COLOR_BGR2RGB) for path in val.fields["path"]]
+    found = [scan_field(aligned, image, 0.25, batch_size=16, smallest=0.01) for image in images]
+    assert probabilities.tolist() == [value for table in found for value in table["probability"]]
+    assert right.shape == probabilities.shape and right.sum() > 5
+    assert fitted.val_curve == curve.to_dict("list") and fitted.threshold == plateau_threshold(curve)
+    assert replace(fitted, calibration=before.calibration, threshold=0.5, val_curve=None) == before
+    calibrated = scan_field(fitted, images[0], 0.25, batch_size=16, smallest=0.0)["probability"][: len(found[0])]
+    assert np.allclose(calibrated, fitted.calibration.calibrate(found[0]["probability"]), atol=1e-6)

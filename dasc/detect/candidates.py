@@ -48,9 +48,9 @@ def find_candidates(
 
     image: (H, W, 3) uint8 RGB. per_mm2: the most candidates per square millimetre (but AT_LEAST); None keeps all.
     device: of the search, as `measure_candidates`.
-    Returns points_px, (N, 2) float64 x, y in the field's own pixels, and score, (N,) float64, descending, relative to
+    Returns: points_px, (N, 2) float64, x and y in the field's own pixels; score, (N,) float64, descending, relative to
     the field's other nuclei and no probability.
-    Raises InputError when um_per_px lies outside 0.1-1.0 or the image is not 8-bit RGB.
+    Raises: InputError: um_per_px outside 0.1-1.0, or an image that is not 8-bit RGB.
     """
     points_px, measures = measure_candidates(image, um_per_px, device=device)
     if len(points_px) == 0:
@@ -71,10 +71,12 @@ def measure_candidates(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the nuclei of a field or of a part of one, unranked: points_px (N, 2) and measures (N, 4), both float64.
 
-    Nothing about a nucleus depends on what lies farther away than MARGIN_UM, but for black padding: it is given
-    padding_density (optical density of red, and of the three channels together), or the median of the image.
+    Nothing about a nucleus depends on what lies farther away than MARGIN_UM, but for black padding.
+
+    image: (H, W, 3) uint8 RGB. padding_density: optical density of red, and of the three channels together, that
+    padding is given; None: the median of the image.
     device: None searches with OpenCV on the CPU, anything else with torch there, with the same result up to rounding.
-    Raises InputError as `find_candidates`.
+    Raises: InputError: as `find_candidates`.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise InputError(f"image to search: found {image.dtype} {image.shape}, expected (H, W, 3) uint8 RGB")
@@ -104,7 +106,10 @@ def spread_of(measures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def score_candidates(measures: np.ndarray, middle: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """Score (N,) of candidates' measures (N, 4) against the median and interquartile range of their slide."""
+    """Score (N,) of candidates.
+
+    measures: (N, 4). middle, spread: (4,), median and interquartile range of their slide, as `spread_of`.
+    """
     return (np.clip((measures - middle) / spread, *FARTHEST) * WEIGHTS).sum(axis=1)
 
 

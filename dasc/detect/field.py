@@ -1,4 +1,4 @@
-"""Scan a field with a network: candidates, probabilities, places, merging."""
+"""Scan a field with a detector: candidates, probabilities, places, merging."""
 
 import logging
 from collections.abc import Sequence

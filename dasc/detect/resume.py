@@ -16,15 +16,11 @@ COLUMNS = ["x_px", "y_px", "probability"]
 class SavedScan:
     """The scan of one image in a JSON file: its settings, how far it is, and what was found.
 
-    Args:
-        settings: everything the detections depend on, in plain values; a scan is gone on with only if all are equal.
-        resume: read what an earlier run left; False: begin anew.
-
-    Attributes:
-        detections: of a finished scan (x_px, y_px, probability); None while it is not finished.
-        progress: of an unfinished one, as `scan.scan_slide` takes it.
-
-    Errors: InputError where the file was begun with other settings or is broken.
+    settings: everything the detections depend on, in plain values; a scan is gone on with only if all are equal.
+    resume: read what an earlier run left; False: begin anew.
+    Attributes: detections: of a finished scan (x_px, y_px, probability); None while it is not finished. progress: of an
+    unfinished one, as `slide.scan_slide` takes it.
+    Raises: InputError: a file that was begun with other settings, or is broken.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], resume: bool) -> None:

@@ -60,7 +60,7 @@ class Grid:
 def make_grid(slide: Slide, um_per_px: float, model_um: float, patch_size: int) -> Grid:
     """The grid of the coarsest level that is as fine as the network's resolution.
 
-    um_per_px: of the slide. model_um, patch_size: um/px and side of the network's patches.
+    um_per_px: of the slide. model_um, patch_size: um/px and side in px of the network's patches.
     """
     level = slide.level_for(min(model_um, WORKING_UM_PER_PX) / um_per_px)
     downsample = slide.downsample(level)

@@ -36,7 +36,7 @@ CONFIG = (  # what the config of every detector holds, beside the hashes of what
 )
 # Flags that no epoch of training depends on. Where files lie is one of these: their hashes are compared.
 PLACES = ("manifest", "hard", "scl", "out", "data_root", "init_weights", "model_path")
-AFTERWARDS = ("start_share", "match_um", "per_mm2", "views", "per_group")
+AFTERWARDS = ("start_share", "match_um", *SCAN_SETTINGS, "per_group")
 MACHINE = ("device", "workers", "resume")
 
 

@@ -47,7 +47,10 @@ def curves(path: Path, log: pd.DataFrame, panels: Mapping[str, Sequence[str]]) -
 
 
 def precision_recall(path: Path, curve: pd.DataFrame, threshold: float) -> None:
-    """Draw the curve of `metrics.choose_threshold` (threshold, precision, recall, f1) and the threshold."""
+    """Draw precision against recall, and where the threshold lies.
+
+    curve: threshold, precision, recall, f1, as `metrics.choose_threshold` gives it.
+    """
     figure = Figure(figsize=(4.5, 4.5), layout="constrained")
     axis = figure.subplots()
     for f1 in (0.2, 0.4, 0.6, 0.8):
@@ -149,8 +152,8 @@ def contact_sheet(
 ) -> None:
     """Draw patches in rows under a title per group, for a pathologist to judge at a glance.
 
-    groups: (title, patches (N, H, W, 3) uint8 RGB, a caption per patch or None). The first `per_group`
-    patches of each are shown, in their order; the title says how many there are.
+    groups: title, patches (N, H, W, 3) uint8 RGB, a caption per patch or None. per_group: how many are shown of each,
+    the first ones; the title says how many there are.
     """
     texts, tiles, top = [], [], MARGIN_PX
     for title, patches, captions in groups:
@@ -188,10 +191,11 @@ def overlay(
 ) -> np.ndarray:
     """Circle the mitoses on a copy of the field, (H, W, 3) uint8 RGB, with a legend in the emptiest corner.
 
-    detections: x_px, y_px, probability, mitosis; rows whose mitosis is false are not drawn. Without
-    annotations every circle is cyan with its probability. With truth_px (T, 2) detections are true (green)
-    or false (yellow) and annotations missed (blue), matched as `metrics.match_field` does, whose InputError
-    it passes on.
+    detections: x_px, y_px, probability, mitosis; rows whose mitosis is false are not drawn.
+    truth_px: (T, 2), the annotations: detections are true (green) or false (yellow), annotations missed (blue); None:
+    every circle is cyan with its probability.
+    um_per_px, match: as `metrics.match_field`, which matches them.
+    Raises: InputError: as `metrics.match_field`.
     """
     drawn = detections[detections["mitosis"].astype(bool)]
     points = drawn[["x_px", "y_px"]].to_numpy(np.float64)
@@ -228,7 +232,11 @@ def overlay(
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
-    """Write an (H, W, 3) uint8 RGB image as PNG; InputError where it cannot be written."""
+    """Write an image as PNG.
+
+    image: (H, W, 3) uint8 RGB.
+    Raises: InputError: a path that cannot be written.
+    """
     encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1]
     with replacing(path) as temporary:
         temporary.write_bytes(encoded.tobytes())

@@ -19,7 +19,7 @@ from sklearn.model_selection import StratifiedKFold
 from sorting import cut, drawn, parser, stages, train
 
 from dasc.data.patches import load_patches
-from dasc.run import true_or_false
+from dasc.flags import true_or_false
 
 NOISES = {"10": (0.1, False), "20": (0.2, False), "40": (0.4, False), "mitoses": (0.2, True)}  # share; mitoses only
 
