@@ -7,6 +7,7 @@ that holds nothing but a comment goes on with the help of the constant above it.
 
 import argparse
 import ast
+import builtins
 import io
 import math
 import tokenize
@@ -49,6 +50,13 @@ GONE = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as those of a run are."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message}; {self.prog} --help lists all flags\n")
+
+
 def read_flags(script: dict[str, Any], argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The settings of one run of a script: its constants, overridden by its flags. Leaves on --help and a wrong flag.
 
@@ -67,7 +75,7 @@ def read_flags(script: dict[str, Any], argv: Sequence[str] | None = None) -> arg
 
 def build_parser(script: dict[str, Any]) -> argparse.ArgumentParser:
     """The parser of a script with these globals(): a flag for every constant of its block."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=Path(script["__file__"]).name,
         description=script["__doc__"],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -75,15 +83,15 @@ def build_parser(script: dict[str, Any]) -> argparse.ArgumentParser:
     )
     for name, annotation, comment in settings(Path(script["__file__"]).read_text(encoding="utf-8")):
         value = script[name]
-        kind = eval(annotation, script) if annotation else type(value)  # the script's own source, which runs anyway
+        kind = resolve(annotation, script) if annotation else type(value)
         shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)
         text = f"{comment} (default: {shown or 'empty'})".replace("%", "%%")
         parser.add_argument(f"--{name.lower()}", default=value, help=text, **options(kind))
     return parser
 
 
-def settings(source: str) -> list[tuple[str, str, str]]:
-    """The constants in the block of a script's source: name, annotation as it is written or empty, comment."""
+def settings(source: str) -> list[tuple[str, ast.expr | None, str]]:
+    """The constants in the block of a script's source: name, annotation where there is one, comment."""
     first = source[: source.index(MARK)].count("\n") + 2
     lines = source.splitlines()
     last = next((number for number in range(first, len(lines)) if not lines[number - 1].strip()), len(lines) + 1)
@@ -97,10 +105,21 @@ def settings(source: str) -> list[tuple[str, str, str]]:
     found = []
     for node, after in zip(nodes, [*(node.lineno for node in nodes[1:]), last], strict=True):
         target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-        annotation = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ""
+        annotation = node.annotation if isinstance(node, ast.AnnAssign) else None
         comment = " ".join(comments[number] for number in range(node.lineno, after) if number in comments)
         found.append((target.id, annotation, comment))
     return found
+
+
+def resolve(node: ast.expr, script: dict[str, Any]) -> Any:
+    """The type that an annotation names: a name, or one with others or constants in brackets."""
+    if isinstance(node, ast.Name):
+        return script[node.id] if node.id in script else getattr(builtins, node.id)
+    if isinstance(node, ast.Subscript):
+        return resolve(node.value, script)[resolve(node.slice, script)]
+    if isinstance(node, ast.Tuple):
+        return tuple(resolve(part, script) for part in node.elts)
+    return ast.literal_eval(node)
 
 
 def options(kind: Any) -> dict[str, Any]:

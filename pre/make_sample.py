@@ -13,16 +13,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dasc.flags import Count, Range, Share, read_flags
 
+Seed = Annotated[int, Range("a whole number from 0 to 2^32", 0, 2**32)]
+Cases = Annotated[int, Range("a whole number from 1 to 999", 1, 999)]
+Size = Annotated[int, Range("a whole number from 256 to 10000", 256, 10_000)]
 Number = Annotated[int, Range("a whole number from 0 to 10000", 0, 10_000)]
 
 # Edit here, or override one run with the flag of the same name.
 OUT = "data/sample"  # folder of the dataset; an earlier sample stays as OUT.previous, anything else is refused
-SEED: Annotated[int, Range("a whole number from 0 to 2^32", 0, 2**32)] = 0  # another seed draws other tissue; the same
-# seed gives the same files, whatever WORKERS is
-CASES: Annotated[int, Range("a whole number from 1 to 999", 1, 999)] = 10  # cases, numbered from 1, one field each; 7
-# and 8 are validation, 9 and 10 test
-SIZE_PX: Annotated[int, Range("a whole number from 256 to 10000", 256, 10_000)] = 1200  # width and height of a field in
-# px; time and disk grow with its square
+SEED: Seed = 0  # another seed draws other tissue; the same seed gives the same files, whatever WORKERS is
+CASES: Cases = 10  # cases, numbered from 1, one field each; 7 and 8 are validation, 9 and 10 test
+SIZE_PX: Size = 1200  # width and height of a field in px; time and disk grow with its square
 MITOSES: Number = 20  # mitoses drawn per field; more of them make training easier
 IMPOSTERS: Number = 28  # hard negatives drawn per field, which look like mitoses, and annotated as such
 LABEL_NOISE: Share = 0.05  # share of mitoses and of hard negatives whose label is wrong; 0 gives perfect labels

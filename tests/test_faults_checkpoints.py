@@ -5,6 +5,7 @@ import pickle
 import shutil
 import zipfile
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -52,10 +53,10 @@ def folder(small_run, tmp_path_factory):
         shutil.copytree(small_run / name, folder / name)
     patches = pd.read_csv(folder / "patches/patches.csv")
     train = patches.loc[patches["split"] == "train", ["patch", "label"]]
-    train.assign(level=3).to_csv(folder / "SCL.csv", index=False)
-    levels = {"verdict": "hard", "level": range(len(train)), "forget_rate": 0.5, "centroid_distance": 0.5}
-    hard = train.assign(**levels, noise_score=0.5)
-    hard.assign(level=hard["level"] % 3).to_csv(folder / "hard.csv", index=False)
+    train.assign(level=3, hardness=0).to_csv(folder / "SCL.csv", index=False)
+    level = np.arange(len(train)) % 3
+    hard = train.assign(verdict="hard", level=level, hardness=(level + 1) / 3)
+    hard.assign(forget_rate=0.5, centroid_distance=0.5, noise_score=0.5).to_csv(folder / "hard.csv", index=False)
     return folder
 
 
@@ -137,8 +138,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_predict(folder, tmp_path, 
 def test_a_model_of_other_patches_is_refused_by_stage_3(folder, tmp_path, name, value):
     path = changed(folder, tmp_path / "model.pt", config(**{name: value}))
     here = {"patch_size": 64, "um_per_px": 0.25, "normalise_stain": True}[name]
+    flag = name.replace("um_per_px", "patch_um_per_px")
     flags = [*sample_flags(folder), "--fp_mdoel", "--model_path", path, "--out", tmp_path / "out"]
-    fails("pre/cut_patch_2.py", *flags, says=f"trained at {name} {value}, these patches have {here}")
+    fails("pre/cut_patch_2.py", *flags, says=f"trained at {flag} {value}, these patches have {here}")
 
 
 def test_the_dual_networks_own_checkpoint_is_refused_by_predict(folder, tmp_path):

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import tifffile
 from broken import tissue, write_broken, write_unusual
-from pipeline import call, succeed
+from pipeline import call, fails, succeed
 
 from dasc.data.patches import read_patch
 
@@ -160,8 +160,9 @@ def test_resolution_is_stated_plausible_or_asked_for(tmp_path):
     assert sources(tmp_path / "two") == {"stated.tif": (0.3, "dataset"), "none.tif": (0.3, "dataset")}
     succeed("pre/cut_patch_2.py", *CUT, "--data_root", tmp_path, "--um_per_px", 0.5, "--out", tmp_path / "three")
     assert set(sources(tmp_path / "three").values()) == {(0.5, "flag")}
-    done = call("pre/cut_patch_2.py", *CUT, "--data_root", tmp_path, "--um_per_px", -0.25, "--out", tmp_path / "four")
-    assert done.status == 1 and "--um_per_px -0.25: expected" in done.err and not (tmp_path / "four").exists()
+    flags = [*CUT, "--data_root", tmp_path, "--um_per_px", -0.25, "--out", tmp_path / "four"]
+    fails("pre/cut_patch_2.py", *flags, says="argument --um_per_px: expected a number of 0 or more")
+    assert not (tmp_path / "four").exists()
 
 
 def sources(out):

@@ -63,7 +63,14 @@ def test_empty_and_missing_manifests_are_one_line(small_run, tmp_path, name):
     spoil, says = EMPTY[name]
     spoil(path)
     if name == "header only":
-        fails("DMU/main.py", "--manifest", path, "--out", tmp_path / "out", says="0 negative, 0 mitosis")
+        fails(
+            "DMU/main.py",
+            "--manifest",
+            path,
+            "--out",
+            tmp_path / "out",
+            says="split train has no negative patch (0 in all)",
+        )
     done = fails("NS/sigle.py", *LIGHT, "--manifest", path, "--out", tmp_path / "out", says=says)
     assert str(path) in done.err and not (tmp_path / "out").exists()
 

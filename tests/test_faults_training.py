@@ -15,6 +15,7 @@ from PIL import Image
 from pipeline import LIGHT, SOURCES, fails, succeed
 
 import dasc.model.difficulty
+from dasc.data.tables import read_cut, write_cut
 from dasc.model.checkpoint import read_checkpoint
 from dasc.model.network import CamNetwork
 
@@ -113,6 +114,7 @@ def test_a_last_batch_of_one_patch_and_one_cell(few, tmp_path, monkeypatch, scri
     shutil.copytree(few, tmp_path / "small")
     for patch in (tmp_path / "small").rglob("*.png"):
         patch.write_bytes(picture(np.asarray(Image.open(patch).resize((32, 32))), "PNG"))
+    write_cut(tmp_path / "small", read_cut(tmp_path / "small")._replace(patch_size=32))
     table = pd.read_csv(tmp_path / "small/patches.csv")
     table.assign(point_x_px=np.nan, point_y_px=np.nan).to_csv(tmp_path / "small/patches.csv", index=False)
     monkeypatch.chdir(tmp_path / "small")
@@ -212,7 +214,8 @@ def test_a_mixture_that_does_not_converge_is_said(tmp_path, monkeypatch):
     for label in (0, 1):
         for number in range(40):
             counts = {"clean": 4, "hard": 15, "noisy": 1, "learned": 20 - number % 19, "forgotten": number % 19}
-            row = {"patch": f"{label}_{number}.png", "label": label, **counts}
+            row = {"patch": f"{label}_{number}.png", "label": label, "origin": "random", **counts}
+            row |= dict.fromkeys(("confidence_weak", "confidence_strong", "confidence_fused"), 0.5)
             rows.append(row | {"centroid_distance": rng.random(), "noise_score": 0.1})
     pd.DataFrame(rows).to_csv(tmp_path / "memory.csv", index=False)
     stopped = functools.partial(dasc.model.difficulty.difficulty_levels, iterations=1)

@@ -52,24 +52,24 @@ def test_dataset_is_judged(small_run, judged):
 def test_curve_tells_what_other_thresholds_give(small_run, judged, tmp_path):
     out, done = judged
     curve, metrics = pd.read_csv(out / "curve.csv"), json.loads((out / "metrics.json").read_text())
-    assert curve["f1"].max() == pytest.approx(metrics["best_f1"], abs=1e-6) and metrics["best_f1"] >= metrics["f1"]
+    assert curve["f1"].max() == pytest.approx(metrics["oracle_f1"], abs=1e-6) and metrics["oracle_f1"] >= metrics["f1"]
     at = curve[curve["threshold"] >= metrics["threshold"]].iloc[-1]
     assert (at[["precision", "recall"]] - [metrics["precision"], metrics["recall"]]).abs().max() < 1e-6
     assert 0 < metrics["average_precision"] <= curve["recall"].max()
     assert f"average precision {metrics['average_precision']:.3f}" in done.out
-    best = metrics["best_threshold"]
-    assert f"{metrics['best_f1']:.3f} at {best:.3f}" in done.out and (out / "curve.png").is_file()
+    best = metrics["oracle_threshold"]
+    assert f"oracle threshold {best:.3f}: F1 {metrics['oracle_f1']:.3f}" in done.out and (out / "curve.png").is_file()
     assert f"--threshold {metrics['plateau_threshold']:.4f}" in done.out
     assert metrics["plateau_threshold"] == pytest.approx(plateau_threshold(curve), abs=1e-3)
     flags = ["--dataset", "sample", "--data_root", small_run / "sample", "--overlays", "False", "--report", "False"]
     succeed("predict.py", *model(small_run), *flags, "--threshold", best, "--smallest", best, "--out", tmp_path)
     again = json.loads((tmp_path / "metrics.json").read_text())
-    assert again["f1"] == pytest.approx(metrics["best_f1"])
+    assert again["f1"] == pytest.approx(metrics["oracle_f1"])
     # what is too weak to be written is judged all the same
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "curve.csv"), curve)
     assert len(pd.read_csv(tmp_path / "detections.csv")) == again["tp"] + again["fp"] < len(curve)
     succeed("predict.py", *model(small_run), *flags, "--match", "uts", "--out", tmp_path)
-    assert not {"best_f1", "average_precision"} & set(json.loads((tmp_path / "metrics.json").read_text()))
+    assert not {"oracle_f1", "average_precision"} & set(json.loads((tmp_path / "metrics.json").read_text()))
     assert not (tmp_path / "curve.csv").exists()  # the run before this one wrote it
 
 
@@ -244,14 +244,31 @@ def test_an_image_is_not_aligned_when_asked(small_run, tmp_path):
     flags = ["--images", small_run / "sample/images/009.tiff", "--device", "cpu", "--views", 1, "--threshold", 0.3]
     flags += ["--overlays", "False", "--report", "False"]
     found = {}
-    for name, more in {"moved": [], "without": [], "left": ["--background", "False"]}.items():
+    for name, more in {"moved": [], "without": [], "left": ["--score_alignment", "False"]}.items():
         model_path = tmp_path / ("without.pt" if name == "without" else "moved.pt")
         succeed("predict.py", *flags, *more, "--model_path", model_path, "--out", tmp_path / name)
         found[name] = (tmp_path / name / "detections.csv").read_bytes()
     assert found["left"] == found["without"] != found["moved"]
     again = [*flags, "--model_path", tmp_path / "moved.pt", "--out", tmp_path / "moved", "--resume"]
-    done = call("predict.py", *again, "--background", "False")
+    done = call("predict.py", *again, "--score_alignment", "False")
     assert done.status == 1 and "was begun with alignment" in done.err
+
+
+def test_other_scan_settings_than_the_threshold_was_chosen_with_are_said(small_run, tmp_path):
+    """The flags' default is what the model carries; the same value is no other one."""
+    flags = ["--images", small_run / "sample/images/009.tiff", "--model_path", small_run / "NS/model.pt"]
+    flags += ["--device", "cpu", "--overlays", "False", "--report", "False"]
+    said = succeed("predict.py", *flags, "--out", tmp_path / "a").out
+    assert "was chosen with" not in said
+    same = ["--views", 8, "--per_mm2", 3000, "--merge_um", 7.5]
+    assert "was chosen with" not in succeed("predict.py", *flags, *same, "--out", tmp_path / "b").out
+    first, second = ((tmp_path / name / "detections.csv").read_bytes() for name in "ab")
+    assert first == second
+    other = ["--views", 1, "--per_mm2", 1000, "--merge_um", 5, "--score_alignment", "False"]
+    said = succeed("predict.py", *flags, *other, "--out", tmp_path / "c").out
+    for flag, value, chosen in (("views", 1, 8), ("per_mm2", 1000, 3000), ("merge_um", 5, 7.5)):
+        assert f"--{flag} {value}: the threshold of {small_run / 'NS/model.pt'} was chosen with {chosen}" in said
+    assert "was chosen with aligned scores" in said
 
 
 def val_fields(small_run):

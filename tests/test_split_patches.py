@@ -80,7 +80,7 @@ BAD = {
     "same name": ("hard/pos_A00000_0-7.png", [], "two patches are called pos_A00000_0-7"),
     "unknown slide": (None, ["--val", "B1"], "no slide B1"),
     "both sides": (None, ["--val", "A00001", "--test", "A00001"], "one slide goes to one side"),
-    "share": (None, ["--train_share", 0], "--train_share 0"),
+    "share": (None, ["--train_share", 0], "argument --train_share: expected a number above 0, to 1"),
 }
 
 

@@ -223,8 +223,8 @@ def other_manifest(here):
 
 
 BAD = {
-    "no false positive": (None, ["--fp_above", 1.01], "lower --fp_above"),
-    "nothing searched": (None, ["--query", "searched", "--search_above", 1.01], "lower --search_above"),
+    "no false positive": (None, ["--fp_above", 1], "lower --fp_above"),
+    "nothing searched": (None, ["--query", "searched", "--search_above", 1], "lower --search_above"),
     "empty pool": (without_pool, [], "no image in this folder"),
     "all held": (only_held, [], "only 0 of the 2 pool patches lie on other slides"),
     "k beyond the pool": (None, ["--k", 37], "only 36 of the 38 pool patches lie on other slides"),
