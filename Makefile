@@ -1,4 +1,5 @@
-# make demo   the pipeline on a synthetic sample, from nothing to pictures (no download but the packages)
+# make demo   the pipeline on a synthetic sample, then two fields of real tissue: from nothing to pictures
+#             (no download but the packages)
 # make test   lint and all tests
 # make mitos14 DATA=folder   the pipeline on MITOS-ATYPIA-14, less than an hour on 2 cores
 PYTHON ?= python3
@@ -39,7 +40,10 @@ demo: .venv/installed
 	$(RUN) clus_scl.py
 	$(RUN) DMU/hard_scl_main.py $(LIGHT) --epochs 8 --warmup 2 --cluster_every 3
 	$(RUN) predict.py --dataset sample --data_root data/sample
-	@echo "Look at results/predict/report.html and */overlay.png: green true, yellow false, blue missed (synthetic tissue)."
+	$(RUN) predict.py --dataset table --data_root docs/example --model_path weights/dasc_mitos.pt --out results/example
+	@echo "Look at report.html and */overlay.png: green true, yellow false, blue missed."
+	@echo "  results/predict   synthetic tissue, by the network just trained"
+	@echo "  results/example   two fields of real tissue, by weights/dasc_mitos.pt (docs/example/NOTICE.md)"
 
 mitos14: $(R14)/predict/metrics.json
 	cat $<
