@@ -26,6 +26,7 @@ from pipeline import ROOT
 import dasc.data.patches
 import dasc.detect.image
 import dasc.detect.slide
+import dasc.detect.val
 import dasc.files
 import dasc.model.loop
 
