@@ -161,6 +161,7 @@ FLOORS = {  # below them known holes
     "tqdm": "4.66.3",
     "pillow": "13.0.0",
     "openslide-bin": "4.0.1.1",
+    "filelock": "4.0.0",
     "jinja2": "3.1.6",
 }
 
