@@ -1,9 +1,13 @@
-# make demo   the pipeline on a synthetic sample, from nothing to pictures (no download but the packages)
+# make demo   the pipeline on a synthetic sample, then two fields of real tissue: from nothing to pictures
+#             (no download but the packages)
 # make test   lint and all tests
+# make test-lowest   all tests with the lowest versions that requirements.txt allows (some 3 GB to download)
 # make mitos14 DATA=folder   the pipeline on MITOS-ATYPIA-14, less than an hour on 2 cores
 PYTHON ?= python3
 RUN := .venv/bin/python
+LOWEST := .venv-lowest/bin/python
 INSTALL = $(PYTHON) -m venv .venv && $(RUN) -m pip install --quiet --disable-pip-version-check
+TEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 LIGHT := --backbone resnet10t --pretrained False --lr 1e-3
 
 
@@ -18,7 +22,7 @@ P14 := data/mitos14
 R14 := results/mitos14
 resume = $(if $(wildcard $(R14)/$(1)/last.pt),--resume)
 
-.PHONY: demo mitos14 test clean
+.PHONY: demo mitos14 test test-lowest clean
 
 .venv/installed: requirements.txt
 	$(INSTALL) -r $<
@@ -39,7 +43,10 @@ demo: .venv/installed
 	$(RUN) clus_scl.py
 	$(RUN) DMU/hard_scl_main.py $(LIGHT) --epochs 8
 	$(RUN) predict.py --dataset sample --data_root data/sample
-	@echo "Look at results/predict/report.html and */overlay.png: green true, yellow false, blue missed (synthetic tissue)."
+	$(RUN) predict.py --dataset table --data_root docs/example --model_path weights/dasc_mitos.pt --out results/example
+	@echo "Look at report.html and */overlay.png: green true, yellow false, blue missed."
+	@echo "  results/predict   synthetic tissue, by the network just trained"
+	@echo "  results/example   two fields of real tissue, by weights/dasc_mitos.pt (docs/example/NOTICE.md)"
 
 mitos14: $(R14)/predict/metrics.json
 	cat $<
@@ -77,7 +84,15 @@ $(R14)/predict/metrics.json: $(R14)/DMU_scl/model.pt
 test: .venv/installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(RUN) $(TEST)
+
+.venv-lowest/installed: constraints-lowest.txt requirements-dev.txt requirements.txt
+	$(PYTHON) -m venv .venv-lowest
+	$(LOWEST) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c $<
+	touch $@
+
+test-lowest: .venv-lowest/installed
+	$(LOWEST) $(TEST)
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .pytest_cache .ruff_cache .hypothesis

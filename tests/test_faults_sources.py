@@ -155,21 +155,48 @@ def test_opencv_is_given_no_file_but_our_own_png():
     }  # the sample's own JPEG
 
 
-FLOORS = {"torch": "2.10", "pillow": "13.0", "openslide-bin": "4.0.1", "filelock": "4.0"}
+FLOORS = {  # below them known holes
+    "torch": "2.10",
+    "opencv-python-headless": "4.12.0.88",
+    "tqdm": "4.66.3",
+    "pillow": "13.0.0",
+    "openslide-bin": "4.0.1.1",
+    "filelock": "4.0.0",
+    "jinja2": "3.1.6",
+}
+
+
+def requirements(name):
+    """Name, specifier and reason of every line of a file of requirements or constraints."""
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+        text, _, reason = line.partition("#")
+        if text.strip() and not text.startswith("-r"):
+            requirement = Requirement(text.strip())
+            yield requirement.name.lower(), requirement.specifier, reason.strip()
 
 
 def test_versions_with_known_holes_are_kept_out_and_the_reason_is_said():
-    lines = {}
-    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
-        if line and not line.startswith("#"):
-            text, _, reason = line.partition("#")
-            lines[Requirement(text.strip()).name.lower()] = (Requirement(text.strip()).specifier, reason.strip())
+    lines = {name: (specifier, reason) for name, specifier, reason in requirements("requirements.txt")}
+    assert {name for name, (_, reason) in lines.items() if "known holes" in reason} == FLOORS.keys()
     for name, floor in FLOORS.items():
-        specifier, reason = lines[name]
+        specifier, _ = lines[name]
         assert specifier.contains(floor) and not specifier.contains(just_below(floor)), name
-        assert reason, name
-    for name in ("torch", "pillow", "openslide-bin"):
-        assert "known holes" in lines[name][1], name
+
+
+def test_the_lowest_versions_are_the_floors():
+    """What `make test-lowest` tests is what requirements.txt allows; any other pin says why it is there."""
+    floors = {}
+    for name, specifier, _ in requirements("requirements.txt"):
+        versions = [Version(part.version) for part in specifier if part.operator == ">="]
+        assert len(versions) == len(specifier) <= 1, name
+        floors[name] = versions[0] if versions else None
+    pins = {}
+    for name, specifier, reason in requirements("constraints-lowest.txt"):
+        (pin,) = specifier
+        assert pin.operator == "==" and (floors.get(name) or reason), name
+        pins[name] = Version(pin.version)
+    assert floors.keys() <= pins.keys()
+    assert {name: pins[name] for name, floor in floors.items() if floor} == {n: f for n, f in floors.items() if f}
 
 
 def just_below(floor):

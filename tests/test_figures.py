@@ -104,8 +104,8 @@ def test_the_legend_keeps_clear_of_the_detections_and_the_field_of_the_edge():
     for free in range(4):
         rows = [(*place, 0.9, True) for index, place in enumerate(corners) if index != free]
         drawn = overlay(field, table(rows), 0.25)
-        x, y = (min(max(value, 3), limit - 4) for value, limit in zip(corners[free], (700, 600), strict=True))
-        assert (drawn[y, x] < 100).all()
+        x, y = (0 if value < limit / 2 else limit - 1 for value, limit in zip(corners[free], (700, 600), strict=True))
+        assert (drawn[y, x] < 100).all()  # the box, beside its text, whose shape differs between releases of OpenCV
 
 
 @pytest.mark.parametrize("shape", [(20, 30, 3), (128, 128, 3), (3000, 300, 3)])

@@ -23,7 +23,7 @@ def flags(small_run, out):
 def test_outputs(small_run):
     out = small_run / "NS"
     log = pd.read_csv(out / "log.csv")
-    assert list(log["epoch"]) == [0, 1] and log["loss"].iloc[1] < log["loss"].iloc[0]
+    assert list(log["epoch"]) == [0, 1] and log["loss"].between(0, 2).all()
     config = read_tensors(out / "model.pt")["config"]
     assert config["patch_size"] == 64 and config["um_per_px"] == 0.25 and 0 < config["threshold"] < 1
     curve = pd.read_csv(out / "val_curve.csv")
@@ -31,6 +31,13 @@ def test_outputs(small_run):
     curves = cv2.imread(str(out / "curves.png"))
     assert curves.shape[1] > 2 * curves.shape[0] and curves.std() > 5  # two panels
     assert json.loads((out / "run.json").read_text())["arguments"]["backbone"] == "mobilenetv3_small_100"
+
+
+def test_the_loss_falls(small_run, tmp_path):
+    """Two epochs on so few patches are too few: one seed of eight ends them with a higher loss."""
+    succeed("NS/sigle.py", *flags(small_run, tmp_path), "--epochs", 6)
+    loss = pd.read_csv(tmp_path / "log.csv")["loss"]
+    assert loss.iloc[-1] < loss.iloc[0]
 
 
 def test_resume_refuses_another_run(small_run, tmp_path):
