@@ -70,7 +70,7 @@ def pick_device(name: str) -> torch.device:
     """Turn `--device` (auto, cpu, cuda, mps) into a device; auto takes the first of cuda, mps, cpu that is there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(device for device, there in available.items() if there)
+        name = next(device for device, is_there in available.items() if is_there)
         if name == "cpu":
             print("no CUDA or mps device found: running on the CPU")
     elif name not in available:

@@ -1,4 +1,4 @@
-"""Synthetic tissue for the sample of stage 0: stroma, nests, nuclei, mitoses, look-alikes, as a scanner sees them."""
+"""Synthetic tissue for the sample of stage 0: stroma, nests, nuclei, mitoses, hard negatives, as scanned."""
 
 import math
 from dataclasses import dataclass

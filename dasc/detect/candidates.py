@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 def find_candidates(
     image: np.ndarray, um_per_px: float, per_mm2: float | None = PER_MM2, device: torch.device | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Find the nuclei of a field, ranked by how likely a mitosis or a look-alike sits there.
+    """Find the nuclei of a field, ranked by how likely a mitosis or a hard negative sits there.
 
     image: (H, W, 3) uint8 RGB. per_mm2: the most candidates per square millimetre (but AT_LEAST); None keeps all.
     device: of the search, as `measure_candidates`.

@@ -51,7 +51,7 @@ def find_hotspot(
     wide = area_px / high
     points_px = np.asarray(points_px, float).reshape(-1, 2)
     points_px = points_px[np.lexsort((points_px[:, 1], points_px[:, 0]))]
-    most, held = 0, points_px
+    most, inside = 0, points_px
     ends = np.searchsorted(points_px[:, 0], points_px[:, 0] + wide, side="right")
     for start, end in enumerate(ends):
         if end - start <= most:
@@ -61,7 +61,7 @@ def find_hotspot(
         reach = np.searchsorted(strip[:, 1], strip[:, 1] + high, side="right") - np.arange(len(strip))
         if reach.max() > most:
             most, top = int(reach.max()), int(reach.argmax())
-            held = strip[top : top + most]
-    middle = (held.min(axis=0) + held.max(axis=0) + 1) / 2 if most else np.array([width_px, height_px]) / 2
+            inside = strip[top : top + most]
+    middle = (inside.min(axis=0) + inside.max(axis=0) + 1) / 2 if most else np.array([width_px, height_px]) / 2
     corner = np.clip(middle - np.array([wide, high]) / 2, 0, np.array([width_px - wide, height_px - high]))
     return Hotspot(float(corner[0]), float(corner[1]), float(wide), float(high), most, False)

@@ -23,7 +23,7 @@ def score_patches(network: CamNetwork, patches: torch.Tensor, batch_size: int, v
     patches: (N, 3, S, S) uint8, on any device.
     batch_size: patches scored together; halved where the device's memory is full. On a CPU every core scores CPU_BATCH
     at a time.
-    views: test-time augmentation: right-angle views of a patch averaged in logits, 1, 2, 4 or 8.
+    views: test-time augmentation: turned and mirrored views of a patch averaged in logits, 1, 2, 4 or 8.
     """
     return torch.sigmoid(log_odds(network, patches, batch_size, range(views)))
 

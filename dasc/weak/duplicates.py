@@ -36,7 +36,7 @@ def near_duplicates(pictures: np.ndarray, protected: np.ndarray, correlation: fl
 def correlations(pictures: np.ndarray, protected: np.ndarray, block: int = 256) -> np.ndarray:
     """The highest correlation (N,) of the grey values of each of `pictures` with any of `protected`.
 
-    Every right-angle view of `protected` counts, turned and mirrored. Correlation does not see a change of brightness
+    Every turned and mirrored view of `protected` counts. Correlation does not see a change of brightness
     or contrast; a flat thumbnail has none with anything, 0, and -1 stands where nothing is protected.
     """
     views = [np.rot90(side, turns, axes=(1, 2)) for side in (protected, protected[:, :, ::-1]) for turns in range(4)]
