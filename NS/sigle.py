@@ -1,8 +1,7 @@
 """Stage 2 of 9: train the search network that tells mitosis from negative patches.
 
-Reads patches.csv and the patches of stage 1 (or 3), and the dataset's validation fields to choose the threshold;
-patches that come from no fields (pre/split_patches.py) have it chosen on the validation patches and are judged in
-OUT/test.json. With --hard the training patches that stage 5 called noisy are left out.
+Reads patches.csv and the patches of stage 1 (or 3), and the dataset's validation fields to choose the threshold. Where
+patches come from no fields (pre/split_patches.py) the validation patches choose it, and OUT/test.json judges it.
 Writes OUT/model.pt (best epoch on validation), log.csv, curves.png, val_curve.csv, reliability.png (calibration; with
 fields only), run.json and, to resume from, last.pt.
 """

@@ -48,12 +48,19 @@ def line(number: int, row: pd.Series) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-text = HEAD
-for weights, rows in pd.read_csv(FOLDER / "results.csv", dtype={"commit": str}).groupby("weights", sort=False):
-    lines = [line(number, row) for number, (_, row) in enumerate(rows.iterrows(), 1)]
-    rows["number"] = [str(number) for number in range(1, len(rows) + 1)]
-    noted = rows.groupby("note", sort=False)["number"].agg(", ".join)
-    notes = [f"- Row {numbers}: {note}." for note, numbers in noted.items()]
-    table = [f"\n## {TITLES.get(weights, weights)}\n", COLUMNS, "|---" * 11 + "|", *lines, "", *notes]
-    text += "\n".join(table).rstrip() + "\n"
-(FOLDER / "results.md").write_text(text, encoding="utf-8", newline="\n")
+def results(table: pd.DataFrame) -> str:
+    """The whole document of a table of results."""
+    text = HEAD
+    for weights, rows in table.groupby("weights", sort=False):
+        lines = [line(number, row) for number, (_, row) in enumerate(rows.iterrows(), 1)]
+        rows = rows.assign(number=[str(number) for number in range(1, len(rows) + 1)])
+        noted = rows.groupby("note", sort=False)["number"].agg(", ".join)
+        notes = [f"- Row {numbers}: {note}." for note, numbers in noted.items()]
+        section = [f"\n## {TITLES.get(weights, weights)}\n", COLUMNS, "|---" * 11 + "|", *lines, "", *notes]
+        text += "\n".join(section).rstrip() + "\n"
+    return text
+
+
+if __name__ == "__main__":
+    document = results(pd.read_csv(FOLDER / "results.csv", dtype={"commit": str}))
+    (FOLDER / "results.md").write_text(document, encoding="utf-8", newline="\n")

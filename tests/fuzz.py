@@ -55,6 +55,7 @@ from fuzz_inputs import (
 )
 
 import dasc.images.slides
+import dasc.report.plots  # here, since matplotlib makes folders of its own before the child is watched
 from dasc.data.datasets import read_dataset
 from dasc.data.patches import load_patches
 from dasc.data.tables import read_checked, read_cut_fields, read_hard, read_memory, read_patches, read_scl

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pipeline import LIGHT, ROOT, call, fails, succeed
 
-from dasc.model.checkpoint import read_tensors
+from dasc.model.checkpoint import read_tensors, save_checkpoint
 
 
 def flags(small_run, out):
@@ -47,6 +47,24 @@ def test_resume_refuses_another_run(small_run, tmp_path):
     fails("NS/sigle.py", *flags(small_run, tmp_path / "empty"), "--resume", says="last.pt")
     shutil.copy(tmp_path / "NS/model.pt", tmp_path / "NS/last.pt")
     fails("NS/sigle.py", *again, says="expected the last.pt of an interrupted training")
+
+
+def test_resume_asks_for_the_same_content_wherever_it_lies(small_run, tmp_path, monkeypatch):
+    """Another path to the same tables, another place of the dataset and other threads are the same run."""
+    start = [*LIGHT, "--epochs", 1, "--init_weights", small_run / "NS/model.pt"]
+    succeed("NS/sigle.py", *start, "--manifest", small_run / "patches/patches.csv", "--out", tmp_path / "NS")
+    first = (tmp_path / "NS/val_curve.csv").read_bytes()
+    for name in ("sample", "patches"):
+        shutil.copytree(small_run / name, tmp_path / "moved" / name)
+    shutil.copy(small_run / "NS/model.pt", tmp_path / "moved/start.pt")
+    monkeypatch.chdir(tmp_path / "moved")
+    again = [*LIGHT, "--epochs", 1, "--init_weights", "start.pt", "--manifest", "patches/patches.csv"]
+    again += ["--data_root", "sample", "--workers", 1, "--out", "../NS", "--resume"]
+    succeed("NS/sigle.py", *again)
+    assert (tmp_path / "NS/val_curve.csv").read_bytes() == first
+    content = read_tensors("start.pt")
+    save_checkpoint(tmp_path / "moved/start.pt", content | {"config": content["config"] | {"threshold": 0.1}})
+    fails("NS/sigle.py", *again, says="other weights than --init_weights")
 
 
 def test_kept_weights_go_back_to_those_it_started_from(small_run, tmp_path):
