@@ -69,7 +69,7 @@ def test_empty_and_missing_manifests_are_one_line(small_run, tmp_path, name):
             path,
             "--out",
             tmp_path / "out",
-            says="split train has no negative patch (0 in all)",
+            says="split train has no mitosis patch (0 in all)",
         )
     done = fails("NS/sigle.py", *LIGHT, "--manifest", path, "--out", tmp_path / "out", says=says)
     assert str(path) in done.err and not (tmp_path / "out").exists()
