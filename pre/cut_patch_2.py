@@ -134,10 +134,10 @@ def check_model(detector: Detector, args) -> None:
 
 
 class Known(NamedTuple):
-    """Of a field before it is cut: annotations; nuclei with both labels, candidates (None: not searched), (N, 2) px."""
+    """Of a field before it is cut: annotations, those with both labels, points_px (N, 2) of candidates if searched."""
 
     annotations: pd.DataFrame
-    contested: np.ndarray
+    contested: pd.DataFrame
     candidates: np.ndarray | None
 
 
@@ -148,16 +148,12 @@ def what_is_known(dataset: Dataset, fields: pd.DataFrame, args) -> dict[str, Kno
         mitoses = dataset.annotations[dataset.annotations["label"] == 1]
         with ThreadPoolExecutor(args.workers) as pool:
             share, candidates = check_labels(fields, mitoses, dataset.root, args.um_per_px, args.per_mm2, each=pool.map)
-        if share == share:
+        if share == share:  # no number where mitoses are too few, which is said
             print(f"labels looked at in {len(candidates)} fields: {share:.0%} of the mitoses lie at a nucleus")
     annotations, contested = (dict(tuple(table.groupby("image"))) for table in (dataset.annotations, dataset.contested))
     none = dataset.annotations[:0]
     return {
-        image: Known(
-            annotations.get(image, none),
-            contested.get(image, none)[["x_px", "y_px"]].to_numpy(float),
-            candidates.get(image),
-        )
+        image: Known(annotations.get(image, none), contested.get(image, none), candidates.get(image))
         for image in fields["image"]
     }
 
@@ -228,7 +224,7 @@ def cut_field(field, known: Known, root: Path, partial: Path, args, network, tur
     points_px = known.candidates
     if points_px is None:
         points_px, _ = find_candidates(image, um_per_px, args.per_mm2)
-    for others in (mitoses, known.contested):
+    for others in (mitoses, known.contested[["x_px", "y_px"]].to_numpy(float)):
         points_px = points_px[away_from(points_px, others, args.exclude_um / um_per_px)]
     points_px = points_px[away_from(points_px, hard_negatives, args.same_um / um_per_px)]
     points_px = rng.permutation(points_px)  # drawn before the search: stage 3 keeps stage 1's random negatives

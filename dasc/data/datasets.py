@@ -239,7 +239,7 @@ def _same_nucleus_px(field: Field) -> float:
 def _contradiction(first: Point, second: Point) -> str:
     words = {0: "a hard negative", 1: "a mitosis"}
     far = math.dist(first[1:3], second[1:3])
-    beside = f", {far:.1f} px beside it" if far else ""
+    beside = f", {far:.1f} px beside it," if far else ""
     return (
         f"{first.where} and {second.where}: the nucleus at {first.x_px:g}, {first.y_px:g} of image {first.image!r} is "
         f"{words[first.label]} in one and {words[second.label]}{beside} in the other; remove one, or leave out both "
