@@ -81,8 +81,8 @@ def read_dataset(
     _check_pixels(points)
     _mark_unlabelled(fields, points, unlabelled or [], empty or [], looked_for)
     points, duplicates, disputed = _one_per_nucleus(fields, points, contested)
-    assign_splits(name, fields, val, test)
     _check_labelled(fields, points, looked_for)
+    assign_splits(name, fields, val, test)
     field_table = pd.DataFrame([[getattr(field, column) for column in COLUMNS] for field in fields], columns=COLUMNS)
     types = {"um_per_px": float, "width_px": float, "height_px": float}
     return Dataset(
@@ -242,8 +242,8 @@ def _contradiction(first: Point, second: Point) -> str:
     beside = f", {far:.1f} px beside it," if far else ""
     return (
         f"{first.where} and {second.where}: the nucleus at {first.x_px:g}, {first.y_px:g} of image {first.image!r} is "
-        f"{words[first.label]} in one and {words[second.label]}{beside} in the other; remove one, or leave out both "
-        "with --contested drop"
+        f"{words[first.label]} in one and {words[second.label]}{beside} in the other; remove one, see that places are "
+        "in px, or leave out both with --contested drop"
     )
 
 

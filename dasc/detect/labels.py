@@ -18,6 +18,7 @@ from dasc.errors import InputError
 from dasc.images.read import read_field, resolution
 
 PER_MM2 = 900.0  # best candidates per mm2 that a mitosis is looked for among: a point anywhere is near one in 15 %
+PER_MITOSIS = 4  # candidates at least, where a field is crowded with mitoses as the synthetic sample is
 NEAR_UM = 7.5  # from a candidate, as a detection is right within it
 # Right labels have 0.93 to 1.00 at a candidate (0.83 of 12 in the worst slide), wrong ones 0.02 to 0.26, boxes' corners
 # taken for their centres 0.26 to 0.37 (docs/log.md, "Where labels fall").
@@ -75,7 +76,7 @@ def check_labels(
 
     def look(field) -> tuple[str, Labels] | None:
         try:
-            return field.image, find_labels(field, mitoses, root, um_per_px, max(per_mm2, PER_MM2))
+            return field.image, find_labels(field, mitoses, root, um_per_px)
         except InputError:
             return None
 
@@ -86,21 +87,21 @@ def check_labels(
     return share, {image: best_of(one, per_mm2) for image, one in looked.items()}
 
 
-def find_labels(field, mitoses: pd.DataFrame, root: Path, um_per_px: float, per_mm2: float) -> Labels:
-    """The mitoses and candidates of a field. Raises: InputError where it cannot be read or is too large."""
+def find_labels(field, mitoses: pd.DataFrame, root: Path, um_per_px: float) -> Labels:
+    """The mitoses and all candidates of a field. Raises: InputError where it cannot be read or is too large."""
     image = read_field(root / field.path)
     height, width = image.shape[:2]
     if height * width > MOST_PX:
         raise InputError(f"{field.path}: {width} x {height} px, more than {MOST_PX:,}")
     um_per_px, _ = resolution(root / field.path, um_per_px, field.um_per_px)
     points = mitoses.loc[mitoses["image"] == field.image, ["x_px", "y_px"]].to_numpy(float)
-    return Labels(points, find_candidates(image, um_per_px, per_mm2)[0], width, height, um_per_px)
+    return Labels(points, find_candidates(image, um_per_px, None)[0], width, height, um_per_px)
 
 
-def best_of(one: Labels, per_mm2: float) -> np.ndarray:
-    """The `per_mm2` best candidates of a field, as `find_candidates` counts them."""
+def best_of(one: Labels, per_mm2: float, at_least: int = AT_LEAST) -> np.ndarray:
+    """The `per_mm2` best candidates of a field, as `find_candidates` counts them, or more."""
     area_mm2 = one.width * one.height * one.um_per_px**2 / 1e6
-    return one.candidates[: max(AT_LEAST, int(per_mm2 * area_mm2))]
+    return one.candidates[: max(AT_LEAST, at_least, int(per_mm2 * area_mm2))]
 
 
 def judge_labels(looked: list[Labels], root: Path) -> float:
@@ -108,7 +109,7 @@ def judge_labels(looked: list[Labels], root: Path) -> float:
 
     Raises: InputError: it is below LOWEST_SHARE; names what is probably wrong with the labels.
     """
-    looked = [one._replace(candidates=best_of(one, PER_MM2)) for one in looked]
+    looked = [one._replace(candidates=best_of(one, PER_MM2, PER_MITOSIS * len(one.mitoses))) for one in looked]
     count = sum(len(one.mitoses) for one in looked)
     if count < FEWEST:
         logger.warning("%s: where the labels fall was not checked: %d mitoses, of %d needed", root, count, FEWEST)
