@@ -32,6 +32,10 @@ DATA_ROOT = ""  # folder of that dataset
 SPLIT: Literal["train", "val", "test"] = "test"  # which of its fields
 VAL = ""  # cases for validation, A,B; empty: the dataset's own split
 TEST = ""  # cases for the test
+UNLABELLED = ""  # images of the dataset that carry no labels, A,B or 355-405
+EMPTY = ""  # images in which there is nothing to annotate, where nothing else says so
+CONTESTED: Literal["refuse", "drop"] = "refuse"  # a nucleus with both labels: refuse, or drop its annotations
+CHECK_LABELS = True  # refuse labels that do not lie at nuclei, and sizes of images other than the labels state
 MATCH: Literal["um", "uts"] = "um"  # um: within 7.5 um, one to one; uts: within 30 px, many to one, as the paper counts
 DEVICE: Device = "auto"  # auto takes cuda, else mps, else cpu
 BATCH_SIZE: Count = 256  # patches scored together; less takes less memory
@@ -51,9 +55,9 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from dasc.data.datasets import drop_outside, read_dataset
-from dasc.data.splits import parse_cases
+from dasc.data.datasets import drop_outside, read_as_asked
 from dasc.detect.image import count_mitoses, find_mitoses, look_over
+from dasc.detect.labels import check_labels, check_size
 from dasc.errors import InputError, WriteError
 from dasc.files import file_name, write_csv, write_json
 from dasc.images.read import choose_resolution, find_images
@@ -140,6 +144,8 @@ def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold:
     """Scan one image and write what is written per image, in a folder of the image's name."""
     folder = Path(args.out) / file_name(field.image, safe=" ")
     with open_slide(Path(field.file)) as slide:
+        if truth is not None and args.check_labels:
+            check_size(field, slide.width, slide.height)
         um_per_px, source = choose_resolution(slide.path, args.um_per_px, field.um_per_px, lambda: slide.um_per_px)
         overview, tissue = look_over(slide, um_per_px, args.whole_px, args.workers)
         detections = find_mitoses(
@@ -215,13 +221,18 @@ def image_fields(paths: list[str]) -> tuple[pd.DataFrame, None]:
 
 def dataset_fields(args) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The fields of one split, and the mitoses annotated in the dataset."""
-    dataset = read_dataset(
-        args.dataset, Path(args.data_root), parse_cases(args.val) or None, parse_cases(args.test) or None
-    )
+    dataset = read_as_asked(args)
     fields = dataset.fields[dataset.fields["split"] == args.split]
     if fields.empty:
         raise InputError(f"{args.data_root}: no field in split {args.split}; see --val and --test")
     annotations = dataset.annotations[dataset.annotations["label"] == 1]
+    if not annotations["image"].isin(fields["image"]).any():
+        raise InputError(
+            f"{args.data_root}: no mitosis is annotated in the {len(fields)} fields of split {args.split}, so nothing "
+            f"can be judged; looked for {dataset.looked_for}; see --split, --val and --test"
+        )
+    if args.check_labels:
+        check_labels(fields, annotations, dataset.root, args.um_per_px)
     return fields.assign(file=[dataset.root / path for path in fields["path"]]), annotations
 
 
