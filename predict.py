@@ -8,13 +8,14 @@ with a dataset metrics.json, metrics_per_field.csv, curve.csv and curve.png (wha
 
 from typing import Literal
 
-from dasc.flags import Amount, Count, Device, Layout, Natural, Share, read_flags
+from dasc.flags import Amount, Count, Device, Layout, Natural, NumberOrTable, Share, read_flags
 
 # Edit here, or override one run with the flag of the same name.
 IMAGES: list[str] = ["data/sample/images"]  # image files, or folders of them
 MODEL_PATH = "results/DMU_scl/model.pt"  # the trained network
 OUT = "results/predict"  # folder to write
-UM_PER_PX: Amount = 0.0  # resolution of the images in um/px; 0: as the file or the dataset states it
+UM_PER_PX: NumberOrTable = ""  # um/px of the images that state none: a number, or a CSV image,um_per_px
+INSIST_UM_PER_PX = False  # True: UM_PER_PX counts for images that state another resolution, too
 THRESHOLD = "best"  # p(mitosis) from which a detection counts: a number, or by the validation fields: best (by F1),
 # precision=0.8, recall=0.9
 PER_MM2: Amount = 0.0  # candidates looked at per mm2, best ranked first; 0: as many as the model's threshold is for
@@ -44,6 +45,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,11 +54,14 @@ import pandas as pd
 from tqdm import tqdm
 
 from dasc.data.datasets import drop_outside, read_dataset
+from dasc.data.resolutions import asked_um_per_px
 from dasc.data.splits import parse_cases
 from dasc.detect.image import count_mitoses, find_mitoses, look_over
 from dasc.errors import InputError, WriteError
-from dasc.files import file_name, write_csv, write_json
-from dasc.images.read import choose_resolution, find_images
+from dasc.files import file_name, write_csv, write_json, writing
+from dasc.images.find import list_images
+from dasc.images.parts import content_sha256
+from dasc.images.resolution import choose_resolution
 from dasc.images.slides import Slide, open_slide
 from dasc.judge.calibration import resolve_threshold
 from dasc.judge.metrics import RADIUS_UM, average_precision, choose_threshold, evaluate, fields_in_um, plateau_threshold
@@ -78,11 +83,14 @@ class Found(NamedTuple):
 
 def main(args) -> int:
     model_path, out = Path(args.model_path), Path(args.out)
-    fields, annotations = dataset_fields(args) if args.dataset else image_fields(args.images)
+    check_flags(args)
+    fields, annotations, skipped = dataset_fields(args) if args.dataset else image_fields(args.images, out)
+    asked = asked_um_per_px(args.um_per_px, fields["image"], list(map(str, fields["file"])), args.insist_um_per_px)
+    fields["asked_um_per_px"] = asked
     detector = as_asked(load_detector(model_path, pick_device(args.device)), model_path, args)
     threshold = resolve_threshold(args.threshold, detector.threshold, detector.val_curve, model_path)
     smallest = min(args.smallest, threshold)
-    found, skipped = [], {}
+    found = []
     for field in tqdm(list(fields.itertuples()), desc="images", unit="image"):
         truth = None if annotations is None else annotations[annotations["image"] == field.image]
         try:
@@ -92,8 +100,10 @@ def main(args) -> int:
         except InputError as error:
             skipped[field.image] = str(error)
             tqdm.write(f"skipped {field.image}: {error}", file=sys.stderr)
+    for name in skipped:
+        remove_outputs(image_folder(out, name))
     if not found:
-        raise InputError(f"none of the {len(fields)} images could be read; the first: {next(iter(skipped.values()))}")
+        raise InputError(f"none of the {len(skipped)} images could be read; the first: {next(iter(skipped.values()))}")
 
     detections = pd.concat([one.detections for one in found], ignore_index=True)
     counts = pd.DataFrame([one.counts for one in found]).assign(model_sha256=detector.sha256)
@@ -104,7 +114,7 @@ def main(args) -> int:
     run = record_run(
         out,
         args,
-        inputs={model_path: 1, args.data_root or "images": len(fields)},
+        inputs={model_path: 1, args.data_root or "images": len(found) + len(skipped)},
         device=next(detector.network.parameters()).device,
         model_sha256=detector.sha256,
         threshold=threshold,
@@ -138,9 +148,16 @@ def as_asked(detector: Detector, path: Path, args) -> Detector:
 
 def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold: float, smallest: float, args) -> Found:
     """Scan one image and write what is written per image, in a folder of the image's name."""
-    folder = Path(args.out) / file_name(field.image, safe=" ")
+    folder = image_folder(Path(args.out), field.image)
+    if not args.resume:
+        remove_outputs(folder, ["scan.json"])
     with open_slide(Path(field.file)) as slide:
-        um_per_px, source = choose_resolution(slide.path, args.um_per_px, field.um_per_px, lambda: slide.um_per_px)
+        um_per_px, source, note = choose_resolution(
+            slide.path, slide.stated, field.um_per_px, field.asked_um_per_px, args.insist_um_per_px
+        )
+        if note:
+            tqdm.write(f"{field.image}: {note}", file=sys.stderr)
+        image_sha256 = content_sha256(slide.path)
         overview, tissue = look_over(slide, um_per_px, args.whole_px, args.workers)
         detections = find_mitoses(
             detector,
@@ -148,6 +165,7 @@ def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold:
             um_per_px,
             tissue,
             folder / "scan.json",
+            image_sha256,
             batch_size=args.batch_size,
             # Judged is everything: in another laboratory the best threshold can lie below what is worth writing.
             smallest=smallest if truth is None else 0.0,
@@ -161,6 +179,7 @@ def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold:
             mitosis=detections["probability"] >= threshold,
         )
         facts, hotspot = count_mitoses(slide, field.image, detections, um_per_px, source, tissue)
+        facts |= {"um_per_px_note": note, "image_sha256": image_sha256}
         if truth is not None:
             truth, outside = drop_outside(truth, slide.width, slide.height)
             if outside:
@@ -205,16 +224,50 @@ def judge(
     return lines
 
 
-def image_fields(paths: list[str]) -> tuple[pd.DataFrame, None]:
-    """One row per image: image (its name; its path where a name stands twice), file, um_per_px (unknown)."""
-    files = find_images([Path(path) for path in paths])
-    names = pd.Series([file.name for file in files])
-    names = names.where(~names.duplicated(keep=False), [file.as_posix() for file in files])
-    return pd.DataFrame({"image": names, "file": files, "um_per_px": float("nan")}), None
+def check_flags(args) -> None:
+    """Raise InputError where a flag would have no effect."""
+    of_a_dataset = {"data_root": DATA_ROOT, "split": SPLIT, "val": VAL, "test": TEST, "match": MATCH}
+    for name, default in of_a_dataset.items():
+        if not args.dataset and (value := getattr(args, name)) and (value != default or name == "data_root"):
+            raise InputError(f"--{name} {value}: has no effect without --dataset; name the form of the dataset with it")
+    if args.dataset and args.images != IMAGES:
+        raise InputError("--images: has no effect with --dataset, whose fields are read; leave out one of the two")
 
 
-def dataset_fields(args) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The fields of one split, and the mitoses annotated in the dataset."""
+def image_fields(paths: list[str], out: Path) -> tuple[pd.DataFrame, None, dict[str, str]]:
+    """One row per image: image (its name; its path where a name stands twice), file, um_per_px (unknown).
+
+    The last: the images among `paths` that cannot be read here, by name, with the reason. Says what is left out.
+    """
+    listing = list_images([Path(path) for path in paths], out)
+    files = [*listing.images, *listing.skipped]
+    names = pd.Series([file.name for file in files], dtype=object)
+    names = names.where(~names.duplicated(keep=False), [file.as_posix() for file in files]).tolist()
+    skipped = dict(zip(names[len(listing.images) :], listing.skipped.values(), strict=True))
+    for name, why in skipped.items():
+        print(f"skipped {name}: {why}", file=sys.stderr)
+    if listing.words():
+        print(f"left out of the folders: {listing.words()}")
+    fields = {"image": names[: len(listing.images)], "file": listing.images, "um_per_px": float("nan")}
+    return pd.DataFrame(fields), None, skipped
+
+
+def image_folder(out: Path, image: str) -> Path:
+    """The folder of an image's own files."""
+    return out / file_name(image, safe=" ")
+
+
+def remove_outputs(
+    folder: Path, names: Sequence[str] = ("detections.geojson", "mitotic-figures.json", "overlay.png", "tissue.png")
+) -> None:
+    """Remove what an earlier run wrote of an image that is skipped; scan.json says itself of which content it is."""
+    with writing(folder):
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+
+
+def dataset_fields(args) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, str]]:
+    """The fields of one split, the mitoses annotated in the dataset, and no image that is skipped beforehand."""
     dataset = read_dataset(
         args.dataset, Path(args.data_root), parse_cases(args.val) or None, parse_cases(args.test) or None
     )
@@ -222,7 +275,7 @@ def dataset_fields(args) -> tuple[pd.DataFrame, pd.DataFrame]:
     if fields.empty:
         raise InputError(f"{args.data_root}: no field in split {args.split}; see --val and --test")
     annotations = dataset.annotations[dataset.annotations["label"] == 1]
-    return fields.assign(file=[dataset.root / path for path in fields["path"]]), annotations
+    return fields.assign(file=[dataset.root / path for path in fields["path"]]), annotations, {}
 
 
 def write_image(

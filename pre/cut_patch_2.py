@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dasc.flags import Amount, Count, Device, Layout, Natural, Positive, Share, read_flags
+from dasc.flags import Amount, Count, Device, Layout, Natural, NumberOrTable, Positive, Share, read_flags
 
 # Edit here, or override one run with the flag of the same name.
 DATASET: Layout = "sample"  # form of the dataset
@@ -18,7 +18,8 @@ DATA_ROOT = "data/sample"  # folder of the dataset
 OUT = ""  # folder to write; empty: data/patches, or data/patches_ns with --fp_mdoel True
 VAL = ""  # cases or ids for validation, A,B; empty: the dataset's own (the paper's) split
 TEST = ""  # cases or ids for the test
-UM_PER_PX: Amount = 0.0  # resolution of the fields in um/px; 0: as the dataset or the file states it
+UM_PER_PX: NumberOrTable = ""  # um/px of the fields that state none: a number, or a CSV image,um_per_px
+INSIST_UM_PER_PX = False  # True: UM_PER_PX counts for fields that state another resolution, too
 PATCH_SIZE: Count = 80  # side of a patch in px
 PATCH_UM_PER_PX: Positive = 0.25  # resolution of the patches: 80 px show 20 um
 NORMALISE_STAIN = True  # bring every field to one mean and spread of stain before patches are cut
@@ -63,17 +64,20 @@ from tqdm import tqdm
 
 from dasc.data.datasets import Dataset, drop_outside, read_dataset
 from dasc.data.patches import PatchCutter, write_patch
+from dasc.data.resolutions import asked_um_per_px
 from dasc.data.splits import parse_cases
 from dasc.data.tables import ANNOTATIONS, FIELDS, LABELS, PATCHES, SPLITS, Cut, write_cut, write_table
 from dasc.detect.candidates import find_candidates
 from dasc.detect.field import score_points
 from dasc.errors import InputError, WriteError
 from dasc.files import check_replaceable, file_name, put_in_place, sha256, write_csv, write_json, writing
-from dasc.images.read import read_field, resolution
+from dasc.images.read import read_field
+from dasc.images.resolution import choose_resolution, read_stated
 from dasc.images.stain import normalise_stain
 from dasc.model.checkpoint import Detector, load_detector
 from dasc.run import pick_device, record_run, run_script
 
+RESOLUTION = ("um_per_px", "um_per_px_source", "um_per_px_note")  # of a field: the number, where from, what contradicts
 # No patch depends on these: where things lie (hashes decide), and how fast they are read and scored.
 PASSING = ("out", "data_root", "model_path", "device", "batch_size", "workers", "resume")
 
@@ -82,6 +86,8 @@ def main(args) -> int:
     dataset = read_dataset(
         args.dataset, Path(args.data_root), parse_cases(args.val) or None, parse_cases(args.test) or None
     )
+    asked = asked_um_per_px(args.um_per_px, dataset.fields["image"], dataset.fields["path"], args.insist_um_per_px)
+    dataset.fields["asked_um_per_px"] = asked
     fields = dataset.fields[dataset.fields["split"].isin(SPLITS)].reset_index(drop=True)
     network = device = None
     if args.fp_mdoel:
@@ -190,7 +196,11 @@ def cut_field(field, annotations: pd.DataFrame, root: Path, partial: Path, args,
         return
     path = root / field.path
     image = read_field(path)
-    um_per_px, source = resolution(path, args.um_per_px, field.um_per_px)
+    um_per_px, source, note = choose_resolution(
+        path, read_stated(path), field.um_per_px, field.asked_um_per_px, args.insist_um_per_px
+    )
+    if note:
+        tqdm.write(f"{field.image}: {note}", file=sys.stderr)
     annotations, outside = drop_outside(annotations, image.shape[1], image.shape[0])
     if outside:
         tqdm.write(f"{field.image}: {outside} annotations outside the field dropped", file=sys.stderr)
@@ -223,6 +233,7 @@ def cut_field(field, annotations: pd.DataFrame, root: Path, partial: Path, args,
     content = {
         "um_per_px": um_per_px,
         "um_per_px_source": source,
+        "um_per_px_note": note,
         "annotations": annotations[list(ANNOTATIONS)].to_dict("records"),
         "outside": outside,
         "patches": rows,
@@ -280,7 +291,7 @@ def finish(out: Path, partial: Path, fields: pd.DataFrame, root: Path, skipped: 
     patches = pd.DataFrame([row for record in records for row in record["patches"]], columns=list(PATCHES))
     annotations = [row for record in records for row in record["annotations"]]
     write_table(partial / "patches.csv", patches, PATCHES)
-    resolutions = {name: [record[name] for record in records] for name in ("um_per_px", "um_per_px_source")}
+    resolutions = {name: [record[name] for record in records] for name in RESOLUTION}
     write_csv(partial / "fields.csv", fields[list(FIELDS)].assign(**resolutions))
     write_table(partial / "annotations.csv", pd.DataFrame(annotations, columns=list(ANNOTATIONS)), ANNOTATIONS)
     data_root = str(root.resolve())
