@@ -83,10 +83,7 @@ class Found(NamedTuple):
 
 def main(args) -> int:
     model_path, out = Path(args.model_path), Path(args.out)
-    check_flags(args)
-    fields, annotations, skipped = dataset_fields(args) if args.dataset else image_fields(args.images, out)
-    asked = asked_um_per_px(args.um_per_px, fields["image"], list(map(str, fields["file"])), args.insist_um_per_px)
-    fields["asked_um_per_px"] = asked
+    fields, annotations, skipped = fields_to_scan(args, out)
     detector = as_asked(load_detector(model_path, pick_device(args.device)), model_path, args)
     threshold = resolve_threshold(args.threshold, detector.threshold, detector.val_curve, model_path)
     smallest = min(args.smallest, threshold)
@@ -232,6 +229,22 @@ def check_flags(args) -> None:
             raise InputError(f"--{name} {value}: has no effect without --dataset; name the form of the dataset with it")
     if args.dataset and args.images != IMAGES:
         raise InputError("--images: has no effect with --dataset, whose fields are read; leave out one of the two")
+
+
+def fields_to_scan(args, out: Path) -> tuple[pd.DataFrame, pd.DataFrame | None, dict[str, str]]:
+    """The images to scan, the mitoses annotated in them if they are a dataset's, and those skipped beforehand.
+
+    The first: image, file, um_per_px (of the dataset's table) and asked_um_per_px (of --um_per_px), NaN where unknown.
+    """
+    check_flags(args)
+    fields, annotations, skipped = dataset_fields(args) if args.dataset else image_fields(args.images, out)
+    for name in fields["image"]:
+        if (folder := image_folder(out, name)).is_file():  # --out is where the images lie
+            raise InputError(
+                f"{folder}: a file, where the folder with the results of {name} belongs; name another --out"
+            )
+    asked = asked_um_per_px(args.um_per_px, fields["image"], list(map(str, fields["file"])), args.insist_um_per_px)
+    return fields.assign(asked_um_per_px=asked), annotations, skipped
 
 
 def image_fields(paths: list[str], out: Path) -> tuple[pd.DataFrame, None, dict[str, str]]:

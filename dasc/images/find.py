@@ -16,11 +16,11 @@ IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")
 SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm")
 
 # Why images of a folder are left out.
-OWN = "that DASC wrote"
-TILES = "that are tiles of a viewer"
-THUMBNAILS = "that are thumbnails, labels or overviews of another"
-PARTS = "that are parts of a slide"
-OTHER_FILES = "other files"
+OWN = "images that DASC wrote"
+TILES = "tiles of a viewer"
+THUMBNAILS = "thumbnails, labels or overviews of another image"
+PARTS = "parts of a slide that is read"
+OTHER_FILES = "files that are no images"
 THUMBNAIL_FOLDERS = ("thumbs", "thumbnails", "@eadir", "__macosx")  # the last two of network disks and of Macs
 THUMBNAIL_NAME = re.compile(r"(?P<of>.+)[-_. ](thumb|thumbnail|label|macro|overview|preview)", re.IGNORECASE)
 SCAN_START = b'{\n "settings": {'  # of a scan.json
@@ -39,8 +39,7 @@ class Listing(NamedTuple):
 
     def words(self) -> str:
         """What was left out in one line; empty where nothing was."""
-        names = [reason if reason == OTHER_FILES else f"images {reason}" for reason in self.left_out]
-        return ", ".join(f"{count} {name}" for count, name in zip(self.left_out.values(), names, strict=True))
+        return ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
 
 
 def find_images(paths: list[Path]) -> list[Path]:
@@ -109,13 +108,19 @@ def _search(folder: Path, out: Path | None, left_out: Counter[str]) -> tuple[lis
         for name in [name for name in folders if name.lower().endswith(".zarr")]:
             skipped[here / name] = "OME-Zarr is not read here; export it as OME-TIFF"
             folders.remove(name)
-        here_found = _sort_files([here / name for name in sorted(names) if not name.startswith(".")], skipped, left_out)
-        images += _without_by_products(here, here_found, left_out)
+        files = [here / name for name in sorted(names) if not name.startswith(".")]
+        found, others = _sort_files(files, skipped)
+        own = _own_names(here, found)
+        if own is None:  # what DASC writes beside its images is not worth a count
+            left_out[OTHER_FILES] += others
+        images += _without_by_products(found, own or set(), left_out)
+    left_out += Counter()  # without those of none
     return images, skipped
 
 
-def _sort_files(files: list[Path], skipped: dict[Path, str], left_out: Counter[str]) -> list[Path]:
-    images = []
+def _sort_files(files: list[Path], skipped: dict[Path, str]) -> tuple[list[Path], int]:
+    """Those that may be images read here, and how many are no images; notes what cannot be read here."""
+    images, others = [], 0
     for file in files:
         if not file.exists():
             skipped[file] = _nowhere(file)
@@ -124,17 +129,21 @@ def _sort_files(files: list[Path], skipped: dict[Path, str], left_out: Counter[s
         elif reason := _not_read(file):
             skipped[file] = reason
         else:
-            left_out[OTHER_FILES] += 1
-    return images
+            others += 1
+    return images, others
 
 
-def _without_by_products(here: Path, images: list[Path], left_out: Counter[str]) -> list[Path]:
-    """The images of one folder without what DASC wrote beside them, thumbnails, and parts of other slides."""
-    own = set()
-    if _starts(here / "scan.json", SCAN_START):
-        own |= {"overlay.png", "tissue.png"}
+def _own_names(here: Path, images: list[Path]) -> set[str] | None:
+    """Names of the images that DASC wrote into a folder; None where it wrote nothing."""
+    names = {"overlay.png", "tissue.png"} if _starts(here / "scan.json", SCAN_START) else None
     if script := _written_by(here):
-        own |= {"curve.png"} if script == "predict.py" else {one.name for one in images if one.suffix == ".png"}
+        plots = {"curve.png"} if script == "predict.py" else {one.name for one in images if one.suffix == ".png"}
+        names = (names or set()) | plots
+    return names
+
+
+def _without_by_products(images: list[Path], own: set[str], left_out: Counter[str]) -> list[Path]:
+    """The images of one folder without what DASC wrote beside them, thumbnails, and parts of other slides."""
     stems = {one.stem for one in images} | {one.name for one in images}
     parts = {part for one in images if one.suffix.lower() in (".vms", ".vmu") for part in parts_of(one)[1:]}
     kept = []

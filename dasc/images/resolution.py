@@ -26,7 +26,7 @@ UNITS_UM = {  # um per unit, as OME and ImageJ write them
 }
 TAG_UNITS_UM = {2: 25400.0, 3: 10000.0}  # of ResolutionUnit
 
-WORDS = {"dataset": "the dataset states", "file": "the file states", "flag": "--um_per_px says"}
+WORDS = {"dataset": "the dataset states", "file": "the file states", "flag": "the flag says"}
 
 
 class Stated(NamedTuple):
@@ -106,9 +106,8 @@ def choose_resolution(path: Path, stated: Stated, table: float, asked: float, in
     notes = [stated.note] if stated.note else []
     others = [f"{WORDS[name]} {value:.4g}" for name, value in known.items() if contradict(value, um_per_px)]
     if others:
-        notes.insert(0, f"{WORDS[source]} {um_per_px:.4g} um/px and is taken, {', '.join(others)}")
-        if "flag" in known and source != "flag":
-            notes.append("--insist_um_per_px takes the flag's")
+        insisting = " (--insist_um_per_px takes that)" if others[-1].startswith(WORDS["flag"]) else ""
+        notes.insert(0, f"{WORDS[source]} {um_per_px:.4g} um/px, which is taken; {' and '.join(others)}{insisting}")
     return Resolution(um_per_px, source, "; ".join(notes))
 
 
