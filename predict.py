@@ -45,7 +45,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,7 +68,7 @@ from dasc.model.checkpoint import Detector, load_detector
 from dasc.report.export import write_counts, write_detections, write_geojson, write_mitotic_figures
 from dasc.report.page import report_entry, write_report
 from dasc.report.plots import overlay, precision_recall, write_png
-from dasc.run import pick_device, record_run, run_script
+from dasc.run import STARTED, pick_device, record_run, run_script
 
 
 class Found(NamedTuple):
@@ -98,7 +97,7 @@ def main(args) -> int:
             skipped[field.image] = str(error)
             tqdm.write(f"skipped {field.image}: {error}", file=sys.stderr)
     for name in skipped:
-        remove_outputs(image_folder(out, name))
+        remove_outputs(image_folder(out, name), args.resume)
     if not found:
         raise InputError(f"none of the {len(skipped)} images could be read; the first: {next(iter(skipped.values()))}")
 
@@ -146,8 +145,6 @@ def as_asked(detector: Detector, path: Path, args) -> Detector:
 def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold: float, smallest: float, args) -> Found:
     """Scan one image and write what is written per image, in a folder of the image's name."""
     folder = image_folder(Path(args.out), field.image)
-    if not args.resume:
-        remove_outputs(folder, ["scan.json"])
     with open_slide(Path(field.file)) as slide:
         um_per_px, source, note = choose_resolution(
             slide.path, slide.stated, field.um_per_px, field.asked_um_per_px, args.insist_um_per_px
@@ -240,9 +237,7 @@ def fields_to_scan(args, out: Path) -> tuple[pd.DataFrame, pd.DataFrame | None, 
     fields, annotations, skipped = dataset_fields(args) if args.dataset else image_fields(args.images, out)
     for name in fields["image"]:
         if (folder := image_folder(out, name)).is_file():  # --out is where the images lie
-            raise InputError(
-                f"{folder}: a file, where the folder with the results of {name} belongs; name another --out"
-            )
+            raise InputError(f"{folder}: a file, where the results of {name} belong; name another --out")
     asked = asked_um_per_px(args.um_per_px, fields["image"], list(map(str, fields["file"])), args.insist_um_per_px)
     return fields.assign(asked_um_per_px=asked), annotations, skipped
 
@@ -270,13 +265,14 @@ def image_folder(out: Path, image: str) -> Path:
     return out / file_name(image, safe=" ")
 
 
-def remove_outputs(
-    folder: Path, names: Sequence[str] = ("detections.geojson", "mitotic-figures.json", "overlay.png", "tissue.png")
-) -> None:
-    """Remove what an earlier run wrote of an image that is skipped; scan.json says itself of which content it is."""
+def remove_outputs(folder: Path, resume: bool) -> None:
+    """Remove what an earlier run wrote of an image that is skipped; its scan too, unless --resume may go on with it."""
+    scan = folder / "scan.json"
     with writing(folder):
-        for name in names:
+        for name in ("detections.geojson", "mitotic-figures.json", "overlay.png", "tissue.png"):
             (folder / name).unlink(missing_ok=True)
+        if not resume and scan.is_file() and scan.stat().st_mtime < STARTED:  # what this run began may be gone on with
+            scan.unlink()
 
 
 def dataset_fields(args) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, str]]:
