@@ -8,13 +8,14 @@ with a dataset metrics.json, metrics_per_field.csv, curve.csv and curve.png (wha
 
 from typing import Literal
 
-from dasc.flags import Amount, Count, Device, Layout, Natural, Share, read_flags
+from dasc.flags import Amount, Count, Device, Layout, Natural, NumberOrTable, Share, read_flags
 
 # Edit here, or override one run with the flag of the same name.
 IMAGES: list[str] = ["data/sample/images"]  # image files, or folders of them
 MODEL_PATH = "results/DMU_scl/model.pt"  # the trained network
 OUT = "results/predict"  # folder to write
-UM_PER_PX: Amount = 0.0  # resolution of the images in um/px; 0: as the file or the dataset states it
+UM_PER_PX: NumberOrTable = ""  # um/px of the images that state none: a number, or a CSV image,um_per_px
+INSIST_UM_PER_PX = False  # True: UM_PER_PX counts for images that state another resolution, too
 THRESHOLD = "best"  # p(mitosis) from which a detection counts: a number, or by the validation fields: best (by F1),
 # precision=0.8, recall=0.9
 PER_MM2: Amount = 0.0  # candidates looked at per mm2, best ranked first; 0: as many as the model's threshold is for
@@ -55,12 +56,15 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from dasc.data.datasets import drop_outside, read_as_asked
+from dasc.data.datasets import Dataset, drop_outside, read_as_asked
+from dasc.data.resolutions import asked_um_per_px
 from dasc.detect.image import count_mitoses, find_mitoses, look_over
 from dasc.detect.labels import check_labels, check_size
 from dasc.errors import InputError, WriteError
-from dasc.files import file_name, write_csv, write_json
-from dasc.images.read import choose_resolution, find_images
+from dasc.files import file_name, write_csv, write_json, writing
+from dasc.images.find import list_images
+from dasc.images.parts import content_sha256
+from dasc.images.resolution import choose_resolution
 from dasc.images.slides import Slide, open_slide
 from dasc.judge.calibration import resolve_threshold
 from dasc.judge.metrics import RADIUS_UM, average_precision, choose_threshold, evaluate, fields_in_um, plateau_threshold
@@ -68,7 +72,7 @@ from dasc.model.checkpoint import Detector, load_detector
 from dasc.report.export import write_counts, write_detections, write_geojson, write_mitotic_figures
 from dasc.report.page import report_entry, write_report
 from dasc.report.plots import overlay, precision_recall, write_png
-from dasc.run import pick_device, record_run, run_script
+from dasc.run import STARTED, pick_device, record_run, run_script
 
 
 class Found(NamedTuple):
@@ -82,11 +86,11 @@ class Found(NamedTuple):
 
 def main(args) -> int:
     model_path, out = Path(args.model_path), Path(args.out)
-    fields, annotations = dataset_fields(args) if args.dataset else image_fields(args.images)
+    fields, annotations, skipped = fields_to_scan(args, out)
     detector = as_asked(load_detector(model_path, pick_device(args.device)), model_path, args)
     threshold = resolve_threshold(args.threshold, detector.threshold, detector.val_curve, model_path)
     smallest = min(args.smallest, threshold)
-    found, skipped = [], {}
+    found = []
     for field in tqdm(list(fields.itertuples()), desc="images", unit="image"):
         truth = None if annotations is None else annotations[annotations["image"] == field.image]
         try:
@@ -96,8 +100,10 @@ def main(args) -> int:
         except InputError as error:
             skipped[field.image] = str(error)
             tqdm.write(f"skipped {field.image}: {error}", file=sys.stderr)
+    for name in skipped:
+        remove_outputs(image_folder(out, name), args.resume)
     if not found:
-        raise InputError(f"none of the {len(fields)} images could be read; the first: {next(iter(skipped.values()))}")
+        raise InputError(f"none of the {len(skipped)} images could be read; the first: {next(iter(skipped.values()))}")
 
     detections = pd.concat([one.detections for one in found], ignore_index=True)
     counts = pd.DataFrame([one.counts for one in found]).assign(model_sha256=detector.sha256)
@@ -108,7 +114,7 @@ def main(args) -> int:
     run = record_run(
         out,
         args,
-        inputs={model_path: 1, args.data_root or "images": len(fields)},
+        inputs={model_path: 1, args.data_root or "images": len(found) + len(skipped)},
         device=next(detector.network.parameters()).device,
         model_sha256=detector.sha256,
         threshold=threshold,
@@ -142,11 +148,16 @@ def as_asked(detector: Detector, path: Path, args) -> Detector:
 
 def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold: float, smallest: float, args) -> Found:
     """Scan one image and write what is written per image, in a folder of the image's name."""
-    folder = Path(args.out) / file_name(field.image, safe=" ")
+    folder = image_folder(Path(args.out), field.image)
     with open_slide(Path(field.file)) as slide:
         if truth is not None and args.check_labels:
             check_size(field, slide.width, slide.height)
-        um_per_px, source = choose_resolution(slide.path, args.um_per_px, field.um_per_px, lambda: slide.um_per_px)
+        um_per_px, source, note = choose_resolution(
+            slide.path, slide.stated, field.um_per_px, field.asked_um_per_px, args.insist_um_per_px
+        )
+        if note:
+            tqdm.write(f"{field.image}: {note}", file=sys.stderr)
+        image_sha256 = content_sha256(slide.path)
         overview, tissue = look_over(slide, um_per_px, args.whole_px, args.workers)
         detections = find_mitoses(
             detector,
@@ -154,6 +165,7 @@ def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold:
             um_per_px,
             tissue,
             folder / "scan.json",
+            image_sha256,
             batch_size=args.batch_size,
             # Judged is everything: in another laboratory the best threshold can lie below what is worth writing.
             smallest=smallest if truth is None else 0.0,
@@ -167,6 +179,7 @@ def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold:
             mitosis=detections["probability"] >= threshold,
         )
         facts, hotspot = count_mitoses(slide, field.image, detections, um_per_px, source, tissue)
+        facts |= {"um_per_px_note": note, "image_sha256": image_sha256}
         if truth is not None:
             truth, outside = drop_outside(truth, slide.width, slide.height)
             if outside:
@@ -211,16 +224,74 @@ def judge(
     return lines
 
 
-def image_fields(paths: list[str]) -> tuple[pd.DataFrame, None]:
-    """One row per image: image (its name; its path where a name stands twice), file, um_per_px (unknown)."""
-    files = find_images([Path(path) for path in paths])
-    names = pd.Series([file.name for file in files])
-    names = names.where(~names.duplicated(keep=False), [file.as_posix() for file in files])
-    return pd.DataFrame({"image": names, "file": files, "um_per_px": float("nan")}), None
+def check_flags(args) -> None:
+    """Raise InputError where a flag would have no effect."""
+    of_a_dataset = {"data_root": DATA_ROOT, "split": SPLIT, "val": VAL, "test": TEST, "match": MATCH}
+    for name, default in of_a_dataset.items():
+        if not args.dataset and (value := getattr(args, name)) and (value != default or name == "data_root"):
+            raise InputError(f"--{name} {value}: has no effect without --dataset; name the form of the dataset with it")
+    if args.dataset and args.images != IMAGES:
+        raise InputError("--images: has no effect with --dataset, whose fields are read; leave out one of the two")
 
 
-def dataset_fields(args) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The fields of one split, and the mitoses annotated in the dataset."""
+def fields_to_scan(args, out: Path) -> tuple[pd.DataFrame, pd.DataFrame | None, dict[str, str]]:
+    """The images to scan, the mitoses annotated in them if they are a dataset's, and those skipped beforehand.
+
+    The first: image, file, um_per_px (of the dataset's table) and asked_um_per_px (of --um_per_px), NaN where unknown.
+    """
+    check_flags(args)
+    dataset, skipped = None, {}
+    if args.dataset:
+        dataset, fields, mitoses = dataset_fields(args)
+    else:
+        fields, skipped = image_fields(args.images, out)
+    for name in fields["image"]:
+        if (folder := image_folder(out, name)).is_file():  # --out is where the images lie
+            raise InputError(f"{folder}: a file, where the results of {name} belong; name another --out")
+    asked = asked_um_per_px(args.um_per_px, fields["image"], list(map(str, fields["file"])), args.insist_um_per_px)
+    fields = fields.assign(asked_um_per_px=asked)
+    if dataset is None:
+        return fields, None, skipped
+    if args.check_labels:
+        check_labels(fields, mitoses, dataset.root, args.insist_um_per_px)
+    return fields, mitoses, skipped
+
+
+def image_fields(paths: list[str], out: Path) -> tuple[pd.DataFrame, dict[str, str]]:
+    """One row per image: image (its name; its path where a name stands twice), file, um_per_px (unknown).
+
+    The last: the images among `paths` that cannot be read here, by name, with the reason. Says what is left out.
+    """
+    listing = list_images([Path(path) for path in paths], out)
+    files = [*listing.images, *listing.skipped]
+    names = pd.Series([file.name for file in files], dtype=object)
+    names = names.where(~names.duplicated(keep=False), [file.as_posix() for file in files]).tolist()
+    skipped = dict(zip(names[len(listing.images) :], listing.skipped.values(), strict=True))
+    for name, why in skipped.items():
+        print(f"skipped {name}: {why}", file=sys.stderr)
+    if listing.words():
+        print(f"left out of the folders: {listing.words()}")
+    fields = {"image": names[: len(listing.images)], "file": listing.images, "um_per_px": float("nan")}
+    return pd.DataFrame(fields), skipped
+
+
+def image_folder(out: Path, image: str) -> Path:
+    """The folder of an image's own files."""
+    return out / file_name(image, safe=" ")
+
+
+def remove_outputs(folder: Path, resume: bool) -> None:
+    """Remove what an earlier run wrote of an image that is skipped; its scan too, unless --resume may go on with it."""
+    scan = folder / "scan.json"
+    with writing(folder):
+        for name in ("detections.geojson", "mitotic-figures.json", "overlay.png", "tissue.png"):
+            (folder / name).unlink(missing_ok=True)
+        if not resume and scan.is_file() and scan.stat().st_mtime < STARTED:  # what this run began may be gone on with
+            scan.unlink()
+
+
+def dataset_fields(args) -> tuple[Dataset, pd.DataFrame, pd.DataFrame]:
+    """The dataset, the fields of one split, and the mitoses annotated in the dataset."""
     dataset = read_as_asked(args)
     fields = dataset.fields[dataset.fields["split"] == args.split]
     if fields.empty:
@@ -231,9 +302,7 @@ def dataset_fields(args) -> tuple[pd.DataFrame, pd.DataFrame]:
             f"{args.data_root}: no mitosis is annotated in the {len(fields)} fields of split {args.split}, so nothing "
             f"can be judged; looked for {dataset.looked_for}; see --split, --val and --test"
         )
-    if args.check_labels:
-        check_labels(fields, annotations, dataset.root, args.um_per_px)
-    return fields.assign(file=[dataset.root / path for path in fields["path"]]), annotations
+    return dataset, fields.assign(file=[dataset.root / path for path in fields["path"]]), annotations
 
 
 def write_image(

@@ -11,7 +11,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dasc.flags import Amount, Count, Device, Layout, Natural, Positive, Share, read_flags
+from dasc.flags import Amount, Count, Device, Layout, Natural, NumberOrTable, Positive, Share, read_flags
 
 # Edit here, or override one run with the flag of the same name.
 DATASET: Layout = "sample"  # form of the dataset
@@ -24,7 +24,8 @@ EMPTY = ""  # images in which there is nothing to annotate, where nothing else s
 CONTESTED: Literal["refuse", "drop"] = "refuse"  # a nucleus with both labels: refuse, or drop its annotations
 CHECK_LABELS = True  # refuse labels that do not lie at nuclei, and sizes of images other than the labels state; False:
 # believe them
-UM_PER_PX: Amount = 0.0  # resolution of the fields in um/px; 0: as the dataset or the file states it
+UM_PER_PX: NumberOrTable = ""  # um/px of the fields that state none: a number, or a CSV image,um_per_px
+INSIST_UM_PER_PX = False  # True: UM_PER_PX counts for fields that state another resolution, too
 PATCH_SIZE: Count = 80  # side of a patch in px
 PATCH_UM_PER_PX: Positive = 0.25  # resolution of the patches: 80 px show 20 um
 NORMALISE_STAIN = True  # bring every field to one mean and spread of stain before patches are cut
@@ -68,23 +69,28 @@ from tqdm import tqdm
 
 from dasc.data.datasets import Dataset, drop_outside, read_as_asked
 from dasc.data.patches import CutPatch, PatchCutter, at_point, away_from, negatives, shifted, write_patch
+from dasc.data.resolutions import asked_um_per_px
 from dasc.data.tables import ANNOTATIONS, FIELDS, LABELS, PATCHES, SPLITS, Cut, write_cut, write_table
 from dasc.detect.candidates import find_candidates
 from dasc.detect.field import score_points
 from dasc.detect.labels import check_labels, check_size
 from dasc.errors import InputError, WriteError
 from dasc.files import check_replaceable, file_name, put_in_place, sha256, write_csv, write_json, writing
-from dasc.images.read import read_field, resolution
+from dasc.images.read import read_field
+from dasc.images.resolution import choose_resolution, read_stated
 from dasc.images.stain import normalise_stain
 from dasc.model.checkpoint import Detector, load_detector
 from dasc.run import pick_device, record_run, run_script
 
+RESOLUTION = ("um_per_px", "um_per_px_source", "um_per_px_note")  # of a field: the number, where from, what contradicts
 # No patch depends on these: where things lie (hashes decide), and how fast they are read and scored.
 PASSING = ("out", "data_root", "model_path", "device", "batch_size", "workers", "check_labels", "resume")
 
 
 def main(args) -> int:
     dataset = read_as_asked(args)
+    asked = asked_um_per_px(args.um_per_px, dataset.fields["image"], dataset.fields["path"], args.insist_um_per_px)
+    dataset.fields["asked_um_per_px"] = asked
     fields = dataset.fields[dataset.fields["split"].isin(SPLITS)].reset_index(drop=True)
     network = device = None
     if args.fp_mdoel:
@@ -147,7 +153,9 @@ def what_is_known(dataset: Dataset, fields: pd.DataFrame, args) -> dict[str, Kno
     if args.check_labels:
         mitoses = dataset.annotations[dataset.annotations["label"] == 1]
         with ThreadPoolExecutor(args.workers) as pool:
-            share, candidates = check_labels(fields, mitoses, dataset.root, args.um_per_px, args.per_mm2, each=pool.map)
+            share, candidates = check_labels(
+                fields, mitoses, dataset.root, args.insist_um_per_px, args.per_mm2, each=pool.map
+            )
         if share == share:  # no number where mitoses are too few, which is said
             print(f"labels looked at in {len(candidates)} fields: {share:.0%} of the mitoses lie at a nucleus")
     annotations, contested = (dict(tuple(table.groupby("image"))) for table in (dataset.annotations, dataset.contested))
@@ -204,7 +212,11 @@ def cut_field(field, known: Known, root: Path, partial: Path, args, network, tur
     image = read_field(path)
     if args.check_labels:
         check_size(field, image.shape[1], image.shape[0])
-    um_per_px, source = resolution(path, args.um_per_px, field.um_per_px)
+    um_per_px, source, note = choose_resolution(
+        path, read_stated(path), field.um_per_px, field.asked_um_per_px, args.insist_um_per_px
+    )
+    if note:
+        tqdm.write(f"{field.image}: {note}", file=sys.stderr)
     annotations, outside = drop_outside(known.annotations, image.shape[1], image.shape[0])
     if outside:
         tqdm.write(f"{field.image}: {outside} annotations outside the field dropped", file=sys.stderr)
@@ -240,6 +252,7 @@ def cut_field(field, known: Known, root: Path, partial: Path, args, network, tur
     content = {
         "um_per_px": um_per_px,
         "um_per_px_source": source,
+        "um_per_px_note": note,
         "annotations": annotations[list(ANNOTATIONS)].to_dict("records"),
         "outside": outside,
         "patches": rows,
@@ -267,7 +280,7 @@ def finish(out: Path, partial: Path, fields: pd.DataFrame, root: Path, skipped: 
     patches = pd.DataFrame([row for record in records for row in record["patches"]], columns=list(PATCHES))
     annotations = [row for record in records for row in record["annotations"]]
     write_table(partial / "patches.csv", patches, PATCHES)
-    resolutions = {name: [record[name] for record in records] for name in ("um_per_px", "um_per_px_source")}
+    resolutions = {name: [record[name] for record in records] for name in RESOLUTION}
     write_csv(partial / "fields.csv", fields[list(FIELDS)].assign(**resolutions))
     write_table(partial / "annotations.csv", pd.DataFrame(annotations, columns=list(ANNOTATIONS)), ANNOTATIONS)
     data_root = str(root.resolve())

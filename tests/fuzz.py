@@ -62,7 +62,9 @@ from dasc.data.tables import read_checked, read_cut_fields, read_hard, read_memo
 from dasc.detect.image import look_over
 from dasc.detect.resume import SavedScan
 from dasc.errors import InputError
-from dasc.images.read import find_images, read_field, read_um_per_px
+from dasc.images.find import find_images
+from dasc.images.read import read_field
+from dasc.images.resolution import read_um_per_px
 from dasc.model.checkpoint import load_initial_weights
 from dasc.model.network import CamNetwork
 from dasc.weak.pool import read_pool

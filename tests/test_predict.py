@@ -120,7 +120,7 @@ def test_folder_with_a_broken_image(small_run, tmp_path):
         and "broken.png: skipped" in done.out
     )
     counts = pd.read_csv(tmp_path / "out/counts.csv")
-    assert list(counts["um_per_px_source"]) == ["flag", "flag"]
+    assert list(counts["um_per_px_source"]) == ["file", "flag"]
     assert counts.set_index("image").loc["blank.jpg", "mitoses"] == 0
     assert json.loads((tmp_path / "out/blank.jpg/detections.geojson").read_text())["features"] == []
     assert counts["image"].str.startswith("'=").any()
@@ -194,7 +194,7 @@ def test_faults_of_images_and_folders(small_run, tmp_path, monkeypatch):
     assert done.status == 1 and "screen.tif: states no resolution" in done.err
     assert len(counts) == (2 if sys.platform == "linux" else 1) and (counts["mitoses"] == 0).all()
     assert (tmp_path / "out/report.html").is_file()
-    flags = ["--images", folder / "tiny.tif", "--um_per_px", 25, "--out", tmp_path / "far"]
+    flags = ["--images", folder / "tiny.tif", "--um_per_px", 25, "--insist_um_per_px", "--out", tmp_path / "far"]
     fails("predict.py", *model(small_run), *flags, says="--um_per_px")
 
 
@@ -307,7 +307,7 @@ def test_val_fields_that_do_not_calibrate_are_said(small_run, capsys, monkeypatc
 )
 def test_bad_input_is_one_line(small_run, tmp_path, monkeypatch, flags, says):
     monkeypatch.chdir(tmp_path)
-    image = ["--images", small_run / "sample/images/009.tiff"]
+    image = [] if "--dataset" in flags else ["--images", small_run / "sample/images/009.tiff"]
     fails("predict.py", *model(small_run), *image, "--out", tmp_path / "out", *flags, says=says)
     assert not (tmp_path / "out").exists()
 

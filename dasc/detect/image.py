@@ -31,6 +31,7 @@ def find_mitoses(
     um_per_px: float,
     tissue: Tissue | None,
     saved_path: Path,
+    image_sha256: str,
     *,
     batch_size: int,
     smallest: float,
@@ -39,7 +40,8 @@ def find_mitoses(
 ) -> pd.DataFrame:
     """Detections of one image, as `field.scan_field`: on its tissue, or on all of a field (tissue None).
 
-    saved_path: where the scan is kept. resume: go on from there. The rest: as `slide.scan_slide`.
+    saved_path: where the scan is kept. image_sha256: hash of the image's content, by which a kept scan is known.
+    resume: go on from there. The rest: as `slide.scan_slide`.
     Raises: InputError: a region that cannot be read, or a kept scan of other settings.
     """
     settings = {  # all that the detections depend on: no batch size, which only changes the speed
@@ -50,7 +52,7 @@ def find_mitoses(
         "views": detector.views,
         "smallest": smallest,
         "um_per_px": um_per_px,
-        "file_bytes": slide.path.stat().st_size,
+        "image_sha256": image_sha256,
         "as_slide": tissue is not None,
     }
     saved = SavedScan(saved_path, settings, resume)

@@ -15,7 +15,8 @@ from scipy.spatial import cKDTree
 
 from dasc.detect.candidates import AT_LEAST, find_candidates
 from dasc.errors import InputError
-from dasc.images.read import read_field, resolution
+from dasc.images.read import read_field
+from dasc.images.resolution import choose_resolution, read_stated
 
 PER_MM2 = 900.0  # best candidates per mm2 that a mitosis is looked for among: a point anywhere is near one in 15 %
 PER_MITOSIS = 4  # candidates at least, where a field is crowded with mitoses as the synthetic sample is
@@ -60,7 +61,7 @@ def check_labels(
     fields: pd.DataFrame,
     mitoses: pd.DataFrame,
     root: Path,
-    um_per_px: float = 0.0,
+    insist: bool = False,
     per_mm2: float = PER_MM2,
     each: Callable = map,
 ) -> tuple[float, dict[str, np.ndarray]]:
@@ -68,15 +69,15 @@ def check_labels(
 
     Too few mitoses to judge by are said. A field that cannot be read is passed over: whoever needs it names it.
 
-    fields, mitoses: as `Dataset.fields` and `Dataset.annotations`. root: of the dataset. um_per_px: as --um_per_px, 0
-    for what the dataset or the file states. per_mm2: candidates that the caller wants. each: map, or a parallel one.
+    fields, mitoses: as `Dataset.fields`, with asked_um_per_px, and `Dataset.annotations`. root: of the dataset. insist:
+    as `choose_resolution`. per_mm2: candidates that the caller wants. each: map, or a parallel one.
     Returns: the share of the mitoses that lie at a candidate, NaN for too few mitoses; points_px (N, 2) of the
     `per_mm2` best candidates of every image looked at, best first.
     """
 
     def look(field) -> tuple[str, Labels] | None:
         try:
-            return field.image, find_labels(field, mitoses, root, um_per_px)
+            return field.image, find_labels(field, mitoses, root, insist)
         except InputError:
             return None
 
@@ -87,13 +88,14 @@ def check_labels(
     return share, {image: best_of(one, per_mm2) for image, one in looked.items()}
 
 
-def find_labels(field, mitoses: pd.DataFrame, root: Path, um_per_px: float) -> Labels:
+def find_labels(field, mitoses: pd.DataFrame, root: Path, insist: bool) -> Labels:
     """The mitoses and all candidates of a field. Raises: InputError where it cannot be read or is too large."""
     image = read_field(root / field.path)
     height, width = image.shape[:2]
     if height * width > MOST_PX:
         raise InputError(f"{field.path}: {width} x {height} px, more than {MOST_PX:,}")
-    um_per_px, _ = resolution(root / field.path, um_per_px, field.um_per_px)
+    path = root / field.path
+    um_per_px = choose_resolution(path, read_stated(path), field.um_per_px, field.asked_um_per_px, insist).um_per_px
     points = mitoses.loc[mitoses["image"] == field.image, ["x_px", "y_px"]].to_numpy(float)
     return Labels(points, find_candidates(image, um_per_px, None)[0], width, height, um_per_px)
 
