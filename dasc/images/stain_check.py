@@ -19,7 +19,7 @@ COLOURED = 0.06  # mean of (largest - smallest density), of the mean sum: below,
 GREEN = (
     0.12  # (green - mean of red and blue) / sum: real ones have 0.14 to 0.38, most other orders of channels below 0.05
 )
-GREEN_MOST = 0.95  # share of tissue that absorbs green most: real ones have 0.97 to 1; brown absorbs blue most
+BROWN = 0.05  # share of tissue that absorbs blue most, as brown does: real ones have 0 to 0.02
 TURNED = -0.1  # log of the spread of red's share to that of blue's: real ones have -0.08 to 1.6, and with red and blue
 # swapped minus that. Hematoxylin without eosin has no contrast to tell it by, so that there the bound is lower:
 TURNED_BLUE_ALONE = -0.5
@@ -51,7 +51,7 @@ class Colours(NamedTuple):
     spread: np.ndarray
     coloured: float
     greener: float
-    green_most: float
+    brown: float
     redder: float
     turn: float
 
@@ -72,7 +72,7 @@ def check_stain(image: np.ndarray, mask: np.ndarray | None = None) -> Stain:
         return Stain("gray", f"the image is gray: {ADVICE}")
     blue_alone = colours.redder > BLUE_ALONE and colours.greener < BLUE_ALONE_GREEN and colours.turn > TURNED_BLUE_ALONE
     swapped = colours.turn < TURNED and not blue_alone
-    if colours.greener < GREEN or colours.green_most < GREEN_MOST or swapped:
+    if colours.greener < GREEN or colours.brown > BROWN or swapped:
         return Stain(
             "not H&E", f"the colours are not those of H&E (another stain, or channels in another order): {ADVICE}"
         )
@@ -102,7 +102,7 @@ def measure_colours(density: np.ndarray) -> Colours | None:
         spread=tissue.std(axis=0),
         coloured=float((tissue.max(axis=1) - tissue.min(axis=1)).mean() / mean.sum()),
         greener=float(green - (red + blue) / 2),
-        green_most=float((tissue[:, 1] >= np.maximum(tissue[:, 0], tissue[:, 2])).mean()),
+        brown=float((tissue[:, 2] > np.maximum(tissue[:, 0], tissue[:, 1])).mean()),
         redder=float(red - blue),
         turn=float(np.log(varies[0] / varies[2])),
     )

@@ -15,7 +15,9 @@ import cv2
 import numpy as np
 import pandas as pd
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[number]) for number in (2, 1)]
+from recoloured import recoloured
+
 from dasc.detect.image import shrink
 from dasc.images.read import read_field
 from dasc.images.slides import open_slide
@@ -23,7 +25,6 @@ from dasc.images.stain import DENSITY
 from dasc.images.stain_check import check_stain, measure_colours
 from dasc.images.tissue import UM_PER_PX, find_tissue
 
-HEMATOXYLIN, EOSIN, DAB = (0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78)  # Ruifrok and Johnston 2001
 FIGURES_OF_A_SLIDE = 9  # slides with fewer are left out
 NEIGHBOURS = 36
 
@@ -58,27 +59,6 @@ def at_one_um(image: np.ndarray, um_per_px: float) -> np.ndarray:
     return cv2.resize(image, None, fx=um_per_px, fy=um_per_px, interpolation=cv2.INTER_AREA)
 
 
-def recoloured(image: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """The image (h, w, 3) uint8, and what it would be with other colours."""
-    yield "as it is", image
-    yield "gray", np.repeat(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, None], 3, axis=2)
-    yield "inverted", 255 - image
-    for order in ("bgr", "grb", "gbr", "rbg", "brg"):
-        yield f"channels {order}", np.ascontiguousarray(image[:, :, ["rgb".index(channel) for channel in order]])
-    stains = np.array([HEMATOXYLIN, EOSIN, DAB])
-    stains /= np.linalg.norm(stains, axis=1, keepdims=True)
-    nuclei = np.clip(DENSITY[image] @ np.linalg.inv(stains).astype(np.float32), 0, None)[:, :, 0]
-    patches = cv2.GaussianBlur(np.random.default_rng(0).normal(size=nuclei.shape), (0, 0), 12)
-    for share in (0.5, 0.1):  # of the tissue that is brown
-        brown = np.where(patches > np.quantile(patches, 1 - share), nuclei, 0)
-        blue = 0.8 * np.where(brown, 0.3 * nuclei, nuclei) + 0.03
-        density = blue[:, :, None] * stains[0] + 1.2 * brown[:, :, None] * stains[2]
-        yield f"DAB on {share:.0%}", np.clip(256 * np.exp(-density) - 1, 0, 255).astype(np.uint8)
-    bright = np.clip(nuclei / np.quantile(nuclei, 0.995), 0, 1)
-    green = np.clip(DENSITY[image][:, :, 1] / 1.5, 0, 1)
-    yield "fluorescence", np.stack([0 * bright, 150 * green, 220 * bright], axis=2).astype(np.uint8)
-
-
 def main(root: Path) -> None:
     spans, said, seconds = [], [], []
     for name, image in images(root):
@@ -93,7 +73,7 @@ def main(root: Path) -> None:
             if colours == "as it is" and found is not None:
                 row = {f"mean {c}": value for c, value in zip("rgb", found.mean, strict=True)}
                 row |= {f"spread {c}": value for c, value in zip("rgb", found.spread, strict=True)}
-                names = ("dark", "coloured", "greener", "green_most", "redder", "turn")
+                names = ("dark", "coloured", "greener", "brown", "redder", "turn")
                 row |= {one: getattr(found, one) for one in names} | {"tissue": mask.mean()}
                 spans.append({"collection": name} | row)
     pd.set_option("display.width", 200, "display.max_columns", 30)
