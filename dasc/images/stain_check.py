@@ -25,9 +25,9 @@ TURNED = -0.1  # log of the spread of red's share to that of blue's: real ones h
 TURNED_BLUE_ALONE = -0.5
 BLUE_ALONE = 0.12  # (red - blue) / sum: hematoxylin alone has more
 BLUE_ALONE_GREEN = 0.25  # as GREEN: hematoxylin alone has less
-# Mean and spread of the optical density of red, green and blue over tissue at tissue.UM_PER_PX, and half to one and a
-# half times what real H&E spans: mean 0.16-0.71, 0.33-1.40, 0.14-0.72; spread 0.04-0.30, 0.07-0.73, 0.04-0.27.
-MEANS = {"red": (0.08, 1.06), "green": (0.16, 2.10), "blue": (0.07, 1.08)}
+# Optical density of red, green and blue over tissue. What real H&E spans: mean 0.16-0.71, 0.33-1.40, 0.15-0.72, spread
+# 0.04-0.30, 0.07-0.73, 0.04-0.27. The bounds are three quarters (of the spread half) and one and a half times that.
+MEANS = {"red": (0.12, 1.06), "green": (0.25, 2.10), "blue": (0.11, 1.08)}
 SPREADS = {"red": (0.02, 0.45), "green": (0.03, 1.09), "blue": (0.02, 0.40)}
 
 ADVICE = "the model knows only H&E, so this count means little"

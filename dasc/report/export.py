@@ -58,9 +58,11 @@ def write_spreadsheet(path: Path, table: pd.DataFrame) -> None:
             sheet.set_column(column, column, min(WIDEST, 2 + max(len(str(value)) for value in [name, *shown])))
             sheet.write_string(0, column, name, bold)
             for row, value in enumerate(shown, 1):
+                if pd.isna(value) or value == "":
+                    continue
                 if isinstance(value, str):
                     sheet.write_string(row, column, value)
-                elif not pd.isna(value):
+                else:
                     sheet.write_number(row, column, value)
     with replacing(path) as temporary:
         temporary.write_bytes(content.getvalue())
