@@ -1,9 +1,10 @@
 """Stage 9 of 9: find the mitoses of new images, or of a dataset's fields and judge them by its annotations.
 
 Reads images (whole slides of OpenSlide's formats, TIFF, PNG, JPEG, BMP) and a model.pt of stage 2 or 8.
-Writes OUT/detections.csv, counts.csv (mitoses, density and hotspot of every image), report.html and run.json; per image
-a QuPath GeoJSON, mitotic-figures.json, scan.json to resume from and an overlay PNG, for a slide tissue.png instead;
-with a dataset metrics.json, metrics_per_field.csv, curve.csv and curve.png (what other thresholds would give) too.
+Writes OUT/detections.csv, counts.csv and counts.xlsx (mitoses, density, hotspot and stain of every image), report.html
+and run.json; per image a QuPath GeoJSON, mitotic-figures.json, scan.json to resume from and an overlay PNG, for a slide
+tissue.png instead; with a dataset metrics.json, metrics_per_field.csv, curve.csv and curve.png (what other thresholds
+would give) too.
 """
 
 from typing import Literal
@@ -58,7 +59,7 @@ from tqdm import tqdm
 
 from dasc.data.datasets import Dataset, drop_outside, read_as_asked
 from dasc.data.resolutions import asked_um_per_px
-from dasc.detect.image import count_mitoses, find_mitoses, look_over
+from dasc.detect.image import count_mitoses, find_mitoses, look_over, warnings_of
 from dasc.detect.labels import check_labels, check_size
 from dasc.errors import InputError, WriteError
 from dasc.files import file_name, write_csv, write_json, writing
@@ -73,6 +74,10 @@ from dasc.report.export import write_counts, write_detections, write_geojson, wr
 from dasc.report.page import report_entry, write_report
 from dasc.report.plots import overlay, precision_recall, write_png
 from dasc.run import STARTED, pick_device, record_run, run_script
+
+OTHER_METRICS = (
+    "these are of points; a leaderboard's average precision (of boxes, or over several distances) is another quantity"
+)
 
 
 class Found(NamedTuple):
@@ -125,7 +130,7 @@ def main(args) -> int:
             f"probabilities {'' if detector.calibration.fitted else 'not '}calibrated on the validation fields"
         )
         entries = [one.entry for one in found]
-        write_report(out / "report.html", entries, skipped, threshold, calibration, run)
+        write_report(out / "report.html", entries, skipped, judged, threshold, calibration, run)
     print("\n".join([summary(counts, skipped), *judged]))
     print(f"detections, tables and report.html are in {out}; {len(skipped)} images skipped")
     return 1 if skipped else 0
@@ -178,7 +183,7 @@ def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold:
             y_um=detections["y_px"] * um_per_px,
             mitosis=detections["probability"] >= threshold,
         )
-        facts, hotspot = count_mitoses(slide, field.image, detections, um_per_px, source, tissue)
+        facts, hotspot = count_mitoses(slide, field.image, detections, um_per_px, source, tissue, overview)
         facts |= {"um_per_px_note": note, "image_sha256": image_sha256}
         if truth is not None:
             truth, outside = drop_outside(truth, slide.width, slide.height)
@@ -216,6 +221,7 @@ def judge(
             write_csv(out / "curve.csv", curve.round(6))
             precision_recall(out / "curve.png", curve, threshold)
             stale -= {"curve.csv", "curve.png"}
+        lines.append(OTHER_METRICS)
         write_json(out / "metrics.json", {**metrics, "model_sha256": counts["model_sha256"].iloc[0]})
         write_csv(out / "metrics_per_field.csv", per_field)
         stale -= {"metrics.json", "metrics_per_field.csv"}
@@ -324,10 +330,15 @@ def write_image(
 
 
 def summary(counts: pd.DataFrame, skipped: dict[str, str]) -> str:
-    """The table printed at the end: a line per image, those skipped with the reason."""
-    shown = counts[["image", "mitoses", "area_mm2", "mitoses_per_mm2", "hotspot_mitoses", "hotspot_mm2", "hotspot_of"]]
-    lines = [shown.round(2).to_string(index=False), *(f"{name}: skipped: {why}" for name, why in skipped.items())]
-    lines.append(f"{counts['mitoses'].sum()} mitoses in {len(counts)} images, {counts['area_mm2'].sum():.2f} mm2")
+    """The table printed at the end: a line per image, those skipped with the reason, and the notes on images."""
+    columns = ["image", "mitoses", "mitoses_low", "mitoses_high", "tissue_mm2", "mitoses_per_mm2"]
+    shown = counts[[*columns, "hotspot_mitoses", "hotspot_mm2", "hotspot_of", "stain"]]
+    lines = [shown.round(2).to_string(index=False, na_rep="-")]
+    lines += [f"{name}: skipped: {why}" for name, why in skipped.items()]
+    lines += [f"{row['image']}: {note}" for row in counts.to_dict("records") for note in warnings_of(row)]
+    lines.append(
+        f"{counts['mitoses'].sum()} mitoses in {len(counts)} images, {counts['tissue_mm2'].sum():.2f} mm2 of tissue"
+    )
     return "\n".join(lines)
 
 

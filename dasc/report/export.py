@@ -1,17 +1,21 @@
-"""Detections in the formats other programs read: CSV, grand-challenge JSON, QuPath GeoJSON."""
+"""Detections in the formats other programs read: CSV, a spreadsheet, grand-challenge JSON, QuPath GeoJSON."""
 
+import io
 import uuid
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
+import xlsxwriter
 
 from dasc.errors import InputError
-from dasc.files import spelt_out, write_csv, write_json
+from dasc.files import replacing, spelt_out, write_csv, write_json
 
 COLUMNS = ["image", "x_px", "y_px", "x_um", "y_um", "probability", "mitosis"]
 SMALLEST_MM, LARGEST_MM = -0.0075, 10  # the range of points grand-challenge's evaluator accepts
 MITOTIC = {"name": "Mitotic figure", "color": [200, 0, 0]}
 NON_MITOTIC = {"name": "Non-mitotic figure", "color": [60, 90, 200]}
+WIDEST = 40  # characters of a column in counts.xlsx; longer texts are cut off on the screen, not in the file
 
 
 def write_detections(path: Path, table: pd.DataFrame) -> None:
@@ -29,9 +33,39 @@ def write_detections(path: Path, table: pd.DataFrame) -> None:
 
 
 def write_counts(path: Path, table: pd.DataFrame) -> None:
-    """Write counts.csv: a row per image, names as in detections.csv, numbers rounded to 3 decimals, areas to 6."""
+    """Write counts.csv, and the same as a spreadsheet beside it: a row per image.
+
+    Numbers are rounded to 3 decimals, areas to 6. Names in the CSV are as in detections.csv.
+    """
     decimals = {name: 6 if name.endswith("_mm2") and "per" not in name else 3 for name in table if name != "um_per_px"}
-    write_csv(path, table.round(decimals))
+    table = table.round(decimals)
+    write_csv(path, table)
+    write_spreadsheet(path.with_suffix(".xlsx"), table)
+
+
+def write_spreadsheet(path: Path, table: pd.DataFrame) -> None:
+    """Write a table as XLSX: one sheet, its header frozen; the same table gives the same bytes.
+
+    Numbers stay numbers in every country's settings, and texts stay texts: one that begins with `=` is no formula.
+    """
+    content = io.BytesIO()
+    with xlsxwriter.Workbook(content, {"in_memory": True}) as book:
+        book.set_properties({"created": datetime(1980, 1, 1, tzinfo=UTC)})  # a ZIP's own beginning of time
+        sheet, bold = book.add_worksheet(path.stem), book.add_format({"bold": True})
+        sheet.freeze_panes(1, 1)
+        for column, name in enumerate(table):
+            shown = [spelt_out(value) if isinstance(value, str) else value for value in table[name].tolist()]
+            sheet.set_column(column, column, min(WIDEST, 2 + max(len(str(value)) for value in [name, *shown])))
+            sheet.write_string(0, column, name, bold)
+            for row, value in enumerate(shown, 1):
+                if pd.isna(value) or value == "":
+                    continue
+                if isinstance(value, str):
+                    sheet.write_string(row, column, value)
+                else:
+                    sheet.write_number(row, column, value)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.getvalue())
 
 
 def write_mitotic_figures(
