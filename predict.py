@@ -24,6 +24,12 @@ VIEWS: Literal[0, 1, 2, 4, 8] = 0  # test-time augmentation: turned and mirrored
 SCORE_ALIGNMENT = True  # move every image's log odds until its ordinary nuclei have those of the validation fields
 SMALLEST: Share = 0.05  # detections below this probability are not written
 WHOLE_PX: Count = 50_000_000  # images of more pixels are scanned as slides: tile by tile, on their tissue only
+ROI = ""  # folder of QuPath GeoJSON files, one per image: only what lies in their polygons counts; empty: all counts
+ROI_CLASS: list[str] = []  # classes of the polygons that count; none: every annotated polygon
+QUPATH: Literal["detections", "annotations"] = "detections"  # what detections.geojson holds; QuPath's grid view sorts
+# annotations
+EXPORT: list[Literal["asap", "coco"]] = []  # write detections for other programs too: IMAGE/detections.xml of ASAP,
+# OUT/detections.coco.json
 OVERLAYS = True  # draw the detections on a copy of every field
 REPORT = True  # write report.html
 THUMBNAILS: Natural = 24  # detections of every image shown in the report, strongest first
@@ -52,6 +58,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from dasc.data.datasets import drop_outside, read_dataset
+from dasc.data.regions import find_roi
 from dasc.data.splits import parse_cases
 from dasc.detect.image import count_mitoses, find_mitoses, look_over
 from dasc.errors import InputError, WriteError
@@ -64,6 +71,7 @@ from dasc.model.checkpoint import Detector, load_detector
 from dasc.report.export import write_counts, write_detections, write_geojson, write_mitotic_figures
 from dasc.report.page import report_entry, write_report
 from dasc.report.plots import overlay, precision_recall, write_png
+from dasc.report.viewers import write_asap, write_coco, write_regions
 from dasc.run import pick_device, record_run, run_script
 
 
@@ -99,6 +107,7 @@ def main(args) -> int:
     counts = pd.DataFrame([one.counts for one in found]).assign(model_sha256=detector.sha256)
     write_detections(out / "detections.csv", detections[detections["probability"] >= smallest])
     write_counts(out / "counts.csv", counts)
+    write_coco(out / "detections.coco.json", detections[detections["probability"] >= smallest], counts, args.export)
     truth = None if annotations is None else pd.concat([one.truth for one in found])
     judged = judge(out, truth, detections, counts, threshold, args)
     run = record_run(
@@ -141,6 +150,7 @@ def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold:
     folder = Path(args.out) / file_name(field.image, safe=" ")
     with open_slide(Path(field.file)) as slide:
         um_per_px, source = choose_resolution(slide.path, args.um_per_px, field.um_per_px, lambda: slide.um_per_px)
+        roi = find_roi(Path(args.roi), args.roi_class, slide) if args.roi else None
         overview, tissue = look_over(slide, um_per_px, args.whole_px, args.workers)
         detections = find_mitoses(
             detector,
@@ -153,6 +163,7 @@ def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold:
             smallest=smallest if truth is None else 0.0,
             workers=args.workers,
             resume=args.resume,
+            roi=roi,
         )
         detections = detections.assign(
             image=field.image,
@@ -160,12 +171,14 @@ def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold:
             y_um=detections["y_px"] * um_per_px,
             mitosis=detections["probability"] >= threshold,
         )
-        facts, hotspot = count_mitoses(slide, field.image, detections, um_per_px, source, tissue)
+        facts, hotspot = count_mitoses(slide, field.image, detections, um_per_px, source, tissue, roi)
         if truth is not None:
             truth, outside = drop_outside(truth, slide.width, slide.height)
             if outside:
                 tqdm.write(f"{field.image}: {outside} annotations outside the field dropped", file=sys.stderr)
+            truth = truth[roi.at(truth[["x_px", "y_px"]].to_numpy())] if roi else truth
         written = detections[detections["probability"] >= smallest]
+        write_regions(folder / "regions.geojson", slide, hotspot, tissue, roi)
         write_image(folder, slide, written, um_per_px, threshold, smallest, tissue, truth, args)
         entry = None
         if args.report:
@@ -229,7 +242,8 @@ def write_image(
     folder: Path, slide: Slide, detections: pd.DataFrame, um_per_px, threshold, smallest, tissue, truth, args
 ) -> None:
     """Everything that is written per image, in a folder of the image's name."""
-    write_geojson(folder / "detections.geojson", detections, slide.origin_px)
+    write_geojson(folder / "detections.geojson", detections, slide.origin_px, args.qupath.removesuffix("s"))
+    write_asap(folder / "detections.xml", detections, args.export)
     try:
         write_mitotic_figures(folder / "mitotic-figures.json", detections, um_per_px, threshold, smallest)
     except InputError as error:  # the format ends at 10 mm; the other files hold all

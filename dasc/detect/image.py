@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from dasc.data.regions import Roi
 from dasc.detect.field import scan_field
 from dasc.detect.resume import SavedScan
 from dasc.detect.slide import scan_slide
@@ -36,9 +37,11 @@ def find_mitoses(
     smallest: float,
     workers: int,
     resume: bool,
+    roi: Roi | None = None,
 ) -> pd.DataFrame:
     """Detections of one image, as `field.scan_field`: on its tissue, or on all of a field (tissue None).
 
+    roi: only detections on this part of the image; of a slide only its tissue is scanned.
     saved_path: where the scan is kept. resume: go on from there. The rest: as `slide.scan_slide`.
     Raises: InputError: a region that cannot be read, or a kept scan of other settings.
     """
@@ -52,6 +55,7 @@ def find_mitoses(
         "um_per_px": um_per_px,
         "file_bytes": slide.path.stat().st_size,
         "as_slide": tissue is not None,
+        "roi": roi and roi.sha256,
     }
     saved = SavedScan(saved_path, settings, resume)
     if saved.detections is not None:
@@ -64,23 +68,32 @@ def find_mitoses(
             detector,
             slide,
             um_per_px,
-            tissue,
+            roi.tissue(tissue) if roi else tissue,
             batch_size=batch_size,
             smallest=smallest,
             workers=workers,
             progress=saved.progress,
             save=saved.save,
         )
+    if roi:  # after merging, so that a nucleus on the border counts once
+        detections = detections[roi.at(detections[["x_px", "y_px"]].to_numpy())].reset_index(drop=True)
     saved.finish(detections)
     return detections
 
 
 def count_mitoses(
-    slide: Slide, name: str, detections: pd.DataFrame, um_per_px: float, source: str, tissue: Tissue | None
+    slide: Slide,
+    name: str,
+    detections: pd.DataFrame,
+    um_per_px: float,
+    source: str,
+    tissue: Tissue | None,
+    roi: Roi | None = None,
 ) -> tuple[dict, Hotspot]:
     """The image's row of counts.csv, and its hotspot.
 
     detections: x_px, y_px, mitosis. source: where um_per_px comes from. tissue: None: the whole image counts.
+    roi: the part of the image that counts instead.
     """
     mitoses_px = detections.loc[detections["mitosis"], ["x_px", "y_px"]].to_numpy(float)
     hotspot = find_hotspot(mitoses_px, slide.width, slide.height, um_per_px)
@@ -105,4 +118,10 @@ def count_mitoses(
         "hotspot_width_px": hotspot.width_px,
         "hotspot_height_px": hotspot.height_px,
     }
+    if roi:
+        area_mm2 = roi.area_mm2(um_per_px)
+        facts |= {"area_mm2": area_mm2, "area_of": "region", "mitoses_per_mm2": len(mitoses_px) / area_mm2}
+        corner = hotspot.x_px - 0.5, hotspot.y_px - 0.5
+        window = (*corner, corner[0] + hotspot.width_px, corner[1] + hotspot.height_px)
+        facts["hotspot_mm2"] = roi.area_mm2(um_per_px, window)
     return facts, hotspot

@@ -60,19 +60,22 @@ def write_mitotic_figures(
     write_json(path, content | {"version": {"major": 1, "minor": 0}})
 
 
-def write_geojson(path: Path, detections: pd.DataFrame, origin_px: tuple[int, int] = (0, 0)) -> None:
+def write_geojson(
+    path: Path, detections: pd.DataFrame, origin_px: tuple[int, int] = (0, 0), object_type: str = "detection"
+) -> None:
     """Write one field's detections as a GeoJSON that QuPath imports with classes and scores.
 
     detections: image, x_px, y_px, probability, mitosis. QuPath counts from the corner of the first pixel,
     we from its centre, so half a pixel is added. It also cuts off what lies before a slide's scanned area, which
-    begins at origin_px. The ids are made from image and place: the same table, the same bytes.
+    begins at origin_px. object_type: detection, or annotation, which QuPath's grid view can show. The ids are made
+    from image and place: the same table, the same bytes.
     """
     columns = ["image", "x_px", "y_px", "probability", "mitosis"]
     features = []
     for image, x_px, y_px, probability, mitosis in detections[columns].itertuples(index=False, name=None):
         place = [round(float(v) - start + 0.5, 3) for v, start in zip((x_px, y_px), origin_px, strict=True)]
         properties = {
-            "objectType": "detection",
+            "objectType": object_type,
             "classification": MITOTIC if mitosis else NON_MITOTIC,
             "measurements": {"Probability": round(float(probability), 6)},
         }
