@@ -324,13 +324,13 @@ def test_a_region_of_a_slide_never_needs_the_whole_slide(folders, monkeypatch):
         return own(self, level, x, y, width, height)
 
     monkeypatch.setattr(slides.TiffSlide, "_read", watched)
-    features = [feature({"type": "Polygon", "coordinates": [square(300, 300, 50)]}, {"name": "Hotspot"})]
+    features = [feature({"type": "Polygon", "coordinates": [square(299.5, 299.5, 50)]}, {"name": "Hotspot"})]
     features.append(feature(dot(300, 300), {"name": "Mitosis"}))
     (folders / "annotations/a.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
     flags = ["--mitosis", "Mitosis", "--whole_px", 20000]
     refused(folders, *flags, "--ignore", "Hotspot", says="annotate regions and name their class: --region NAME")
     imported(folders, *flags, "--region", "Hotspot")
-    assert sum(read) == 10000 and points_of(folders / "out", 1) == [(49.5, 49.5)]
+    assert sum(read) == 10000 and points_of(folders / "out", 1) == [(50, 50)]
     small = ["--region", "Hotspot", "--mitosis", "Mitosis", "--whole_px", 9999, "--out", folders / "b"]
     paths = ["--annotations", folders / "annotations", "--images", folders / "images"]
     refused_out = fails(SCRIPT, *paths, *small, says="draw a smaller one")
@@ -380,3 +380,25 @@ def test_a_format_that_is_not_the_files_is_refused(folders):
     refused(folders, *NAMES, "--format", "coco", says="--format coco, but its content is asap")
     (folders / "annotations/a.xml").unlink()
     refused(folders, *NAMES, says="no annotations in this folder")
+
+
+def test_images_are_copied_where_no_link_can_be_made(folders, monkeypatch):
+    def refuse(self, target):
+        raise OSError("a required privilege is not held")
+
+    monkeypatch.setattr("pathlib.Path.symlink_to", refuse)
+    write_asap_file(folders / "annotations/a")
+    assert "a.tif: copied, since no link can be made here" in imported(folders, *NAMES).out
+    copied = folders / "out/images/a.tif"
+    assert not copied.is_symlink() and copied.read_bytes() == (folders / "images/a.tif").read_bytes()
+
+
+def test_the_dataset_is_cut_by_stage_1(folders):
+    """What was imported goes on as any dataset does."""
+    write_asap_file(folders / "annotations/a")
+    imported(folders, *NAMES)
+    flags = ["--dataset", "table", "--data_root", folders / "out", "--out", folders / "patches", "--patch_size", 32]
+    succeed("pre/cut_patch_2.py", *flags)
+    patches = pd.read_csv(folders / "patches/patches.csv")
+    cut = patches.groupby("origin").size()
+    assert cut["annotated"] == 2 and cut["hard_negative"] == 1

@@ -17,6 +17,7 @@ from dasc.files import replacing
 from dasc.images.slides import Slide
 from dasc.images.tissue import Tissue
 
+SUFFIXES = (".geojson", ".json", ".gz", ".zip")  # of files that hold regions
 BAND_PX = 512  # rows of a region that are read at a time
 
 
@@ -79,7 +80,8 @@ def find_roi(folder: Path, classes: list[str], slide: Slide) -> Roi:
     Raises: InputError: no file, or several, of this image; no polygon in it; one outside the image.
     """
     said = slide.path.name
-    files = [path for path in find_annotations([folder]) if match_image(name_of(path), [slide.path])]
+    files = [path for path in find_annotations([folder]) if path.suffix.lower() in SUFFIXES]
+    files = [path for path in files if match_image(name_of(path), [slide.path])]
     files = [path for path in files if name_of(path) == said] or files
     if len(files) != 1:
         raise InputError(
