@@ -358,6 +358,8 @@ BROKEN = {
     "other geometry": ("a.geojson", '[{"geometry": {"type": "Circle", "coordinates": [1, 1]}}]', "geometry 'Circle'"),
     "unknown text": ("a.txt", "hello", "no annotations known here"),
     "half a table": ("a.tsv", "Image\tCentroid X px\n", "expected the columns Image, Class"),
+    "a set of points": ("a.tsv", "Image\tClass\tCentroid X px\tCentroid Y px\tNum points\na.tif\tMitosis\t9\t9\t3\n",
+                        "a set of points"),
     "half gz": ("a.geojson.gz", gzip.compress(b"[]" * 9999)[:-20], "cannot be read"),
     "no database": ("a.sqlite", b"SQLite format 3\0" + bytes(200), "cannot be read as a database"),
     "MIDOG's corners": ("a.json", json.dumps(coco() | {"annotations": [

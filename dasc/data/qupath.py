@@ -123,6 +123,8 @@ def read_measurements(path: Path, text: str) -> list[Source]:
         where = f"{path}, line {line}"
         if len(row) != len(header):
             raise InputError(f"{where}: {len(row)} cells; expected {len(header)}, as in the header")
+        if "Num points" in header and (row[header.index("Num points")].strip() or "1") not in ("1", "1.0"):
+            raise InputError(f"{where}: a set of points, of which the table has one centroid; export it as GeoJSON")
         image = row[header.index("Image")].strip()
         if not image:
             raise InputError(f"{where}: Image is empty")
