@@ -2,7 +2,8 @@
 
 Reads images (whole slides of OpenSlide's formats, TIFF, PNG, JPEG, BMP) and a model.pt of stage 2 or 8.
 Writes OUT/detections.csv, counts.csv (mitoses, density and hotspot of every image), report.html and run.json; per image
-a QuPath GeoJSON, mitotic-figures.json, scan.json to resume from and an overlay PNG, for a slide tissue.png instead;
+detections.geojson and regions.geojson for QuPath, mitotic-figures.json, scan.json to resume from and an overlay PNG, for
+a slide tissue.png instead;
 with a dataset metrics.json, metrics_per_field.csv, curve.csv and curve.png (what other thresholds would give) too.
 """
 
@@ -132,6 +133,8 @@ def main(args) -> int:
 
 def as_asked(detector: Detector, path: Path, args) -> Detector:
     """The detector with the scan settings of the flags; says where its threshold was chosen with others."""
+    if args.roi_class and not args.roi:
+        raise InputError(f"--roi_class {' '.join(args.roi_class)}: has no effect without --roi FOLDER; give both")
     if not detector.patch_um_per_px:
         raise InputError(f"{path}: trained on patches of unknown resolution, so it cannot scan images")
     asked = {name: getattr(args, name) for name in ("per_mm2", "merge_um", "views")}

@@ -71,6 +71,8 @@ def main(args) -> None:
                     regions = [None]
                 elif not regions:
                     counts["images left out without a region"] += 1
+                counts["images of several annotation files, which all count"] += len({path for path, _ in said}) > 1
+                counts["regions that overlap an earlier one: their nuclei are in both"] += overlaps(regions)
                 used = np.zeros(len(objects), bool)
                 for number, region in enumerate(regions, start=1):
                     name = stem(image.name) if region is None else f"{stem(image.name)}_{number}"
@@ -133,6 +135,12 @@ def sort_objects(said: list, slide: Slide, um_per_px: float, args) -> tuple[pd.D
                 regions += parts_of(inside(area, slide, shape.where))
     objects = pd.DataFrame(rows, columns=["x_px", "y_px", "label", "votes"])
     return objects.astype({"x_px": float, "y_px": float, "label": int}), regions
+
+
+def overlaps(regions: list) -> int:
+    """How many regions share area with an earlier one."""
+    pairs = [(one, regions[:number]) for number, one in enumerate(regions)]
+    return sum(any(shapely.intersection(one, other).area > 0 for other in before) for one, before in pairs)
 
 
 def ignored(args) -> set[str]:

@@ -404,3 +404,15 @@ def test_the_dataset_is_cut_by_stage_1(folders):
     patches = pd.read_csv(folders / "patches/patches.csv")
     cut = patches.groupby("origin").size()
     assert cut["annotated"] == 2 and cut["hard_negative"] == 1
+
+
+def test_what_counts_twice_is_said(folders):
+    """Two files of one image, and regions that share tissue."""
+    write_asap_file(folders / "annotations/a")
+    rings = [[[10, 20], [70, 20], [70, 60], [10, 60]], [[60, 20], [110, 20], [110, 85], [60, 85]]]
+    regions = [feature({"type": "Polygon", "coordinates": [ring]}, {"name": "Hotspot"}) for ring in rings]
+    (folders / "annotations/a.geojson").write_text(json.dumps(regions))
+    done = imported(folders, *NAMES, "--region", "Hotspot")
+    assert "1 images of several annotation files, which all count" in done.out
+    assert "1 regions that overlap an earlier one: their nuclei are in both" in done.out
+    assert "2 fields with 3 mitoses and 1 hard negatives" in done.out

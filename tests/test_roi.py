@@ -47,7 +47,7 @@ def scanned(small_run, tmp_path_factory):
     pixels = read_field(sorted((small_run / "sample/images").iterdir())[0])
     options = {"photometric": "rgb", "resolution": (1e4 / UM,) * 2, "resolutionunit": 3}
     tifffile.imwrite(folder / "a.tif", pixels, **options)
-    flags = ["--model_path", small_run / "NS/model.pt", "--device", "cpu", "--threshold", 0.2, "--report", "False"]
+    flags = ["--model_path", small_run / "NS/model.pt", "--device", "cpu", "--threshold", 0.2]
     flags += ["--images", folder / "a.tif", "--views", 1, "--overlays", "False"]
     succeed("predict.py", *flags, "--export", "asap", "coco", "--out", folder / "whole")
     return folder, flags
@@ -85,6 +85,11 @@ def test_a_class_chooses_the_polygons(scanned, tmp_path):
     assert found(tmp_path / "out")[1]["area_mm2"] == pytest.approx(700 * 350 * UM**2 / 1e6, abs=1e-6)
     done = call("predict.py", *flags, *roi, "--roi_class", "Necrosis")
     assert done.status == 1 and "no polygon of class Necrosis; found Slide, Tumor" in done.err
+
+
+def test_a_class_without_a_folder_is_refused(scanned, tmp_path):
+    _, flags = scanned
+    fails("predict.py", *flags, "--roi_class", "Tumor", "--out", tmp_path, says="has no effect without --roi FOLDER")
 
 
 def test_a_slide_is_scanned_in_its_region_alone(scanned, tmp_path):
@@ -184,6 +189,18 @@ def test_the_hotspot_of_a_region_has_the_area_within(tmp_path):
         facts, hotspot = count_mitoses(slide, "a", table, 20.0, "file", None, roi)  # the window: 70.7 px wide
         shown = min(hotspot.x_px + hotspot.width_px, 60) - hotspot.x_px
         assert facts["hotspot_mm2"] == pytest.approx(shown * hotspot.height_px * 400 / 1e6)
+
+
+def test_a_region_without_a_mitosis_has_its_window_on_it(tmp_path):
+    """Elsewhere the window would have no area in the region, and the report divides by it."""
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((300, 400, 3), np.uint8), photometric="rgb")
+    with open_slide(tmp_path / "a.tif") as slide:
+        none = pd.DataFrame({"x_px": [], "y_px": [], "mitosis": np.zeros(0, bool)})
+        roi = Roi(polygon([[(380, 280), (398, 280), (398, 298), (380, 298)]], "here"))
+        facts, hotspot = count_mitoses(slide, "a", none, 20.0, "file", None, roi)
+    assert facts["hotspot_mm2"] == pytest.approx(facts["area_mm2"]) and facts["hotspot_mitoses"] == 0
+    assert (facts["hotspot_x_px"], facts["hotspot_y_px"]) == (hotspot.x_px, hotspot.y_px)
+    assert hotspot.x_px + hotspot.width_px == 400 and hotspot.y_px + hotspot.height_px == 300
 
 
 def test_tissue_is_scanned_where_the_region_touches_a_pixel():

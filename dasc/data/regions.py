@@ -32,6 +32,12 @@ class Roi:
         """Hash of the area."""
         return hashlib.sha256(shapely.normalize(self.area).wkb).hexdigest()
 
+    @property
+    def place(self) -> tuple[float, float]:
+        """A point x, y in the area."""
+        point = self.area.representative_point()
+        return point.x, point.y
+
     def at(self, points_px: np.ndarray) -> np.ndarray:
         """Whether points (N, 2) lie in the area or on its border, (N,) bool."""
         points_px = np.asarray(points_px, float).reshape(-1, 2)

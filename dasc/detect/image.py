@@ -120,6 +120,9 @@ def count_mitoses(
     }
     if roi:
         area_mm2 = roi.area_mm2(um_per_px)
+        if not hotspot.mitoses:  # any place in the region is as good, none outside it
+            hotspot = hotspot.moved_to(roi.place, slide.width, slide.height)
+            facts |= {"hotspot_x_px": hotspot.x_px, "hotspot_y_px": hotspot.y_px}
         facts |= {"area_mm2": area_mm2, "area_of": "region", "mitoses_per_mm2": len(mitoses_px) / area_mm2}
         corner = hotspot.x_px - 0.5, hotspot.y_px - 0.5
         window = (*corner, corner[0] + hotspot.width_px, corner[1] + hotspot.height_px)
