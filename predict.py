@@ -2,8 +2,8 @@
 
 Reads images (whole slides of OpenSlide's formats, TIFF, PNG, JPEG, BMP) and a model.pt of stage 2 or 8.
 Writes OUT/detections.csv, counts.csv (mitoses, density and hotspot of every image), report.html and run.json; per image
-detections.geojson and regions.geojson for QuPath, mitotic-figures.json, scan.json to resume from and an overlay PNG, for
-a slide tissue.png instead;
+detections.geojson and regions.geojson for QuPath, mitotic-figures.json, scan.json to resume from and an overlay PNG,
+for a slide tissue.png instead;
 with a dataset metrics.json, metrics_per_field.csv, curve.csv and curve.png (what other thresholds would give) too.
 """
 
@@ -27,8 +27,8 @@ SMALLEST: Share = 0.05  # detections below this probability are not written
 WHOLE_PX: Count = 50_000_000  # images of more pixels are scanned as slides: tile by tile, on their tissue only
 ROI = ""  # folder of QuPath GeoJSON files, one per image: only what lies in their polygons counts; empty: all counts
 ROI_CLASS: list[str] = []  # classes of the polygons that count; none: every annotated polygon
-QUPATH: Literal["detections", "annotations"] = "detections"  # what detections.geojson holds; QuPath's grid view sorts
-# annotations
+QUPATH: Literal["detections", "annotations"] = "detections"  # what detections.geojson holds: points as detections, or
+# squares as annotations, which QuPath's grid view shows and sorts
 EXPORT: list[Literal["asap", "coco"]] = []  # write detections for other programs too: IMAGE/detections.xml of ASAP,
 # OUT/detections.coco.json
 OVERLAYS = True  # draw the detections on a copy of every field
@@ -69,11 +69,13 @@ from dasc.images.slides import Slide, open_slide
 from dasc.judge.calibration import resolve_threshold
 from dasc.judge.metrics import RADIUS_UM, average_precision, choose_threshold, evaluate, fields_in_um, plateau_threshold
 from dasc.model.checkpoint import Detector, load_detector
-from dasc.report.export import write_counts, write_detections, write_geojson, write_mitotic_figures
+from dasc.report.export import half_sides, write_counts, write_detections, write_geojson, write_mitotic_figures
 from dasc.report.page import report_entry, write_report
 from dasc.report.plots import overlay, precision_recall, write_png
 from dasc.report.viewers import write_asap, write_coco, write_regions
 from dasc.run import pick_device, record_run, run_script
+
+SQUARE_UM = 32.0  # side of an annotation for QuPath: the figure and its neighbours, as in the report
 
 
 class Found(NamedTuple):
@@ -245,7 +247,9 @@ def write_image(
     folder: Path, slide: Slide, detections: pd.DataFrame, um_per_px, threshold, smallest, tissue, truth, args
 ) -> None:
     """Everything that is written per image, in a folder of the image's name."""
-    write_geojson(folder / "detections.geojson", detections, slide.origin_px, args.qupath.removesuffix("s"))
+    halves = half_sides(detections, slide.width, slide.height, um_per_px, SQUARE_UM)
+    halves = halves if args.qupath == "annotations" else None
+    write_geojson(folder / "detections.geojson", detections, slide.origin_px, halves)
     write_asap(folder / "detections.xml", detections, args.export)
     try:
         write_mitotic_figures(folder / "mitotic-figures.json", detections, um_per_px, threshold, smallest)

@@ -15,7 +15,7 @@ from pipeline import fails, succeed
 from dasc.data.annotations import match_image, read_annotations
 from dasc.data.datasets import read_dataset
 from dasc.images.read import read_field, read_um_per_px
-from dasc.report.export import write_geojson
+from dasc.report.export import half_sides, write_geojson
 
 SCRIPT = "pre/import_annotations.py"
 UM = 0.25
@@ -242,8 +242,8 @@ def test_our_own_geojson_comes_back(folders):
     points = rng.uniform([0, 0], [119, 89], (40, 2))
     table = pd.DataFrame({"image": "a.tif", "x_px": points[:, 0], "y_px": points[:, 1], "probability": 0.5})
     table["mitosis"] = np.arange(40) < 25
-    for kind in ("detection", "annotation"):
-        write_geojson(folders / "annotations/a.tif/detections.geojson", table, object_type=kind)
+    for halves in (None, half_sides(table, 120, 90, UM, 32.0)):
+        write_geojson(folders / "annotations/a.tif/detections.geojson", table, halves=halves)
         imported(folders)
         for label in (0, 1):
             wanted = sorted(map(tuple, points[table["mitosis"] == bool(label)]))

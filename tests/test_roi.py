@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import shapely
 import tifffile
 from pipeline import call, fails, succeed
 
@@ -164,6 +165,9 @@ def test_exports_are_written_when_asked_for_and_none_is_stale(scanned, tmp_path)
     succeed("predict.py", *flags, *out, "--export", "asap", "coco", "--qupath", "annotations")
     ours = tmp_path / "out/a.tif/detections.geojson"
     kinds = {one["properties"]["objectType"] for one in json.loads(ours.read_text())["features"]}
+    drawn = [shape.geometry for shape in read_annotations(ours)[0].shapes]
+    assert max(shape.area for shape in drawn) == pytest.approx((32 / UM) ** 2) and min(s.area for s in drawn) > 0
+    assert all(shape.within(shapely.box(0, 0, 700, 700)) for shape in drawn)
     assert kinds == {"annotation"} and (tmp_path / "out/a.tif/detections.xml").is_file()
     succeed("predict.py", *flags, *out, "--resume")
     assert not (tmp_path / "out/a.tif/detections.xml").exists() and not (tmp_path / "out/detections.coco.json").exists()

@@ -14,7 +14,7 @@ from dasc.files import spelt_out, write_json, write_text
 from dasc.images.slides import Slide
 from dasc.images.tissue import Tissue
 from dasc.judge.hotspot import Hotspot
-from dasc.report.export import MITOTIC, NON_MITOTIC
+from dasc.report.export import MITOTIC, NON_MITOTIC, half_sides
 
 BOX_UM = 12.5  # side of a detection's box in COCO: 50 px at 0.25 um/px, as the public challenges draw it
 COLORS = {"Hotspot": [20, 20, 160], "Tissue": [0, 130, 80], "Region": [200, 150, 0]}
@@ -94,7 +94,8 @@ def write_coco(path: Path, detections: pd.DataFrame, counts: pd.DataFrame, expor
     """Write the detections of all images as COCO where `export` says so; an earlier run's file goes otherwise.
 
     detections: image, x_px, y_px, probability, mitosis. counts: image, width_px, height_px, um_per_px. Boxes are x, y,
-    width and height in px from the corner of the first pixel, BOX_UM wide about the detection, cut at the image's edge.
+    width and height in px from the corner of the first pixel, BOX_UM wide about the detection, smaller at the image's
+    edge.
     """
     if "coco" not in export:
         path.unlink(missing_ok=True)
@@ -105,9 +106,9 @@ def write_coco(path: Path, detections: pd.DataFrame, counts: pd.DataFrame, expor
     ):
         images.append({"id": number, "file_name": spelt_out(image), "width": int(width), "height": int(height)})
         own = detections[detections["image"] == image]
-        half = BOX_UM / um_per_px / 2
-        for x, y, probability, mitosis in own[["x_px", "y_px", "probability", "mitosis"]].to_numpy(float).tolist():
-            reach = min(half, x + 0.5, y + 0.5, width - 0.5 - x, height - 0.5 - y)  # the detection stays in its middle
+        halves = half_sides(own, width, height, um_per_px, BOX_UM)
+        rows = own[["x_px", "y_px", "probability", "mitosis"]].to_numpy(float).tolist()
+        for (x, y, probability, mitosis), reach in zip(rows, halves, strict=True):
             box = [round(value, 3) for value in (x + 0.5 - reach, y + 0.5 - reach, 2 * reach, 2 * reach)]
             boxes.append(
                 {
