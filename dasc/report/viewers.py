@@ -51,11 +51,14 @@ def outline(tissue: Tissue) -> list[shapely.Polygon]:
     mask = np.repeat(np.repeat(tissue.mask, 2, axis=0), 2, axis=1).astype(np.uint8)
     lines, tree = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     rings = [((line[:, 0] + 0.5) / 2 * tissue.pixel_px - 0.5).tolist() for line in lines]
-    polygons = []
+    outer = [number for number in range(len(rings)) if tree[0][number][3] < 0 and len(rings[number]) > 2]
+    holes: dict[int, list] = {number: [] for number in outer}
     for number, ring in enumerate(rings):
-        if tree[0][number][3] < 0 and len(ring) > 2:
-            holes = [hole for inner, hole in enumerate(rings) if tree[0][inner][3] == number and len(hole) > 2]
-            polygons += parts_of(shapely.make_valid(shapely.Polygon(ring, holes)))
+        if tree[0][number][3] in holes and len(ring) > 2:
+            holes[tree[0][number][3]].append(ring)
+    polygons = []
+    for number in outer:
+        polygons += parts_of(shapely.make_valid(shapely.Polygon(rings[number], holes[number])))
     return polygons
 
 
