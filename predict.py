@@ -2,9 +2,9 @@
 
 Reads images (whole slides of OpenSlide's formats, TIFF, PNG, JPEG, BMP) and a model.pt of stage 2 or 8.
 Writes OUT/detections.csv, counts.csv and counts.xlsx (mitoses, density, hotspot and stain of every image), report.html
-and run.json; per image a QuPath GeoJSON, mitotic-figures.json, scan.json to resume from and an overlay PNG, for a slide
-tissue.png instead; with a dataset metrics.json, metrics_per_field.csv, curve.csv and curve.png (what other thresholds
-would give) too.
+and run.json; per image detections.geojson and regions.geojson for QuPath, mitotic-figures.json, scan.json to resume
+from and an overlay PNG, for a slide tissue.png instead; with a dataset metrics.json, metrics_per_field.csv, curve.csv
+and curve.png (what other thresholds would give) too.
 """
 
 from typing import Literal
@@ -26,6 +26,12 @@ VIEWS: Literal[0, 1, 2, 4, 8] = 0  # test-time augmentation: turned and mirrored
 SCORE_ALIGNMENT = True  # move every image's log odds until its ordinary nuclei have those of the validation fields
 SMALLEST: Share = 0.05  # detections below this probability are not written
 WHOLE_PX: Count = 50_000_000  # images of more pixels are scanned as slides: tile by tile, on their tissue only
+ROI = ""  # folder of QuPath GeoJSON files, one per image: only what lies in their polygons counts; empty: all counts
+ROI_CLASS: list[str] = []  # classes of the polygons that count; none: every annotated polygon
+QUPATH: Literal["detections", "annotations"] = "detections"  # what detections.geojson holds: points as detections, or
+# squares as annotations, which QuPath's grid view shows and sorts
+EXPORT: list[Literal["asap", "coco"]] = []  # write detections for other programs too: IMAGE/detections.xml of ASAP,
+# OUT/detections.coco.json
 OVERLAYS = True  # draw the detections on a copy of every field
 REPORT = True  # write report.html
 THUMBNAILS: Natural = 24  # detections of every image shown in the report, strongest first
@@ -58,6 +64,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from dasc.data.datasets import Dataset, drop_outside, read_as_asked
+from dasc.data.regions import find_roi
 from dasc.data.resolutions import asked_um_per_px
 from dasc.detect.image import count_mitoses, find_mitoses, look_over, warnings_of
 from dasc.detect.labels import check_labels, check_size
@@ -70,14 +77,17 @@ from dasc.images.slides import Slide, open_slide
 from dasc.judge.calibration import resolve_threshold
 from dasc.judge.metrics import RADIUS_UM, average_precision, choose_threshold, evaluate, fields_in_um, plateau_threshold
 from dasc.model.checkpoint import Detector, load_detector
-from dasc.report.export import write_counts, write_detections, write_geojson, write_mitotic_figures
+from dasc.report.export import half_sides, write_counts, write_detections, write_geojson, write_mitotic_figures
 from dasc.report.page import report_entry, write_report
 from dasc.report.plots import overlay, precision_recall, write_png
+from dasc.report.viewers import write_asap, write_coco, write_regions
 from dasc.run import STARTED, pick_device, record_run, run_script
 
 OTHER_METRICS = (
     "these are of points; a leaderboard's average precision (of boxes, or over several distances) is another quantity"
 )
+
+SQUARE_UM = 32.0  # side of an annotation for QuPath: the figure and its neighbours, as in the report
 
 
 class Found(NamedTuple):
@@ -114,6 +124,7 @@ def main(args) -> int:
     counts = pd.DataFrame([one.counts for one in found]).assign(model_sha256=detector.sha256)
     write_detections(out / "detections.csv", detections[detections["probability"] >= smallest])
     write_counts(out / "counts.csv", counts)
+    write_coco(out / "detections.coco.json", detections[detections["probability"] >= smallest], counts, args.export)
     truth = None if annotations is None else pd.concat([one.truth for one in found])
     judged = judge(out, truth, detections, counts, threshold, args)
     run = record_run(
@@ -138,6 +149,8 @@ def main(args) -> int:
 
 def as_asked(detector: Detector, path: Path, args) -> Detector:
     """The detector with the scan settings of the flags; says where its threshold was chosen with others."""
+    if args.roi_class and not args.roi:
+        raise InputError(f"--roi_class {' '.join(args.roi_class)}: has no effect without --roi FOLDER; give both")
     if not detector.patch_um_per_px:
         raise InputError(f"{path}: trained on patches of unknown resolution, so it cannot scan images")
     asked = {name: getattr(args, name) for name in ("per_mm2", "merge_um", "views")}
@@ -162,6 +175,7 @@ def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold:
         )
         if note:
             tqdm.write(f"{field.image}: {note}", file=sys.stderr)
+        roi = find_roi(Path(args.roi), args.roi_class, slide) if args.roi else None
         image_sha256 = content_sha256(slide.path)
         overview, tissue = look_over(slide, um_per_px, args.whole_px, args.workers)
         detections = find_mitoses(
@@ -176,6 +190,7 @@ def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold:
             smallest=smallest if truth is None else 0.0,
             workers=args.workers,
             resume=args.resume,
+            roi=roi,
         )
         detections = detections.assign(
             image=field.image,
@@ -183,13 +198,15 @@ def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold:
             y_um=detections["y_px"] * um_per_px,
             mitosis=detections["probability"] >= threshold,
         )
-        facts, hotspot = count_mitoses(slide, field.image, detections, um_per_px, source, tissue, overview)
+        facts, hotspot = count_mitoses(slide, field.image, detections, um_per_px, source, tissue, overview, roi)
         facts |= {"um_per_px_note": note, "image_sha256": image_sha256}
         if truth is not None:
             truth, outside = drop_outside(truth, slide.width, slide.height)
             if outside:
                 tqdm.write(f"{field.image}: {outside} annotations outside the field dropped", file=sys.stderr)
+            truth = truth[roi.at(truth[["x_px", "y_px"]].to_numpy())] if roi else truth
         written = detections[detections["probability"] >= smallest]
+        write_regions(folder / "regions.geojson", slide, hotspot, tissue, roi)
         write_image(folder, slide, written, um_per_px, threshold, smallest, tissue, truth, args)
         entry = None
         if args.report:
@@ -315,7 +332,10 @@ def write_image(
     folder: Path, slide: Slide, detections: pd.DataFrame, um_per_px, threshold, smallest, tissue, truth, args
 ) -> None:
     """Everything that is written per image, in a folder of the image's name."""
-    write_geojson(folder / "detections.geojson", detections, slide.origin_px)
+    halves = half_sides(detections, slide.width, slide.height, um_per_px, SQUARE_UM)
+    halves = halves if args.qupath == "annotations" else None
+    write_geojson(folder / "detections.geojson", detections, slide.origin_px, halves)
+    write_asap(folder / "detections.xml", detections, args.export)
     try:
         write_mitotic_figures(folder / "mitotic-figures.json", detections, um_per_px, threshold, smallest)
     except InputError as error:  # the format ends at 10 mm; the other files hold all

@@ -135,7 +135,7 @@ def options(kind: Any) -> dict[str, Any]:
     if get_origin(kind) is Literal:
         return {"choices": get_args(kind), "type": type(get_args(kind)[0])}
     if get_origin(kind) is list:
-        return {"nargs": "+", "type": get_args(kind)[0]}
+        return {"nargs": "+", **options(get_args(kind)[0])}
     if get_origin(kind) is Annotated:
         number, limits = get_args(kind)
         if number is str:

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from dasc.data.regions import Roi
 from dasc.detect.field import scan_field
 from dasc.detect.resume import SavedScan
 from dasc.detect.slide import scan_slide
@@ -41,11 +42,13 @@ def find_mitoses(
     smallest: float,
     workers: int,
     resume: bool,
+    roi: Roi | None = None,
 ) -> pd.DataFrame:
     """Detections of one image, as `field.scan_field`: on its tissue, or on all of a field (tissue None).
 
     saved_path: where the scan is kept. image_sha256: hash of the image's content, by which a kept scan is known.
-    resume: go on from there. The rest: as `slide.scan_slide`.
+    resume: go on from there. roi: only detections on this part of the image; of a slide only its tissue is scanned.
+    The rest: as `slide.scan_slide`.
     Raises: InputError: a region that cannot be read, or a kept scan of other settings.
     """
     settings = {  # all that the detections depend on: no batch size, which only changes the speed
@@ -58,6 +61,7 @@ def find_mitoses(
         "um_per_px": um_per_px,
         "image_sha256": image_sha256,
         "as_slide": tissue is not None,
+        "roi": roi and roi.sha256,
     }
     saved = SavedScan(saved_path, settings, resume)
     if saved.detections is not None:
@@ -70,13 +74,15 @@ def find_mitoses(
             detector,
             slide,
             um_per_px,
-            tissue,
+            roi.tissue(tissue) if roi else tissue,
             batch_size=batch_size,
             smallest=smallest,
             workers=workers,
             progress=saved.progress,
             save=saved.save,
         )
+    if roi:  # after merging, so that a nucleus on the border counts once
+        detections = detections[roi.at(detections[["x_px", "y_px"]].to_numpy())].reset_index(drop=True)
     saved.finish(detections)
     return detections
 
@@ -89,11 +95,13 @@ def count_mitoses(
     source: str,
     tissue: Tissue | None,
     overview: np.ndarray,
+    roi: Roi | None = None,
 ) -> tuple[dict, Hotspot]:
     """The image's row of counts.csv, and its hotspot.
 
     detections: x_px, y_px, mitosis. source: where um_per_px comes from. tissue, overview: as `look_over` gives them.
-    Columns that end in `_note` hold what a user must know of the image (`warnings_of`); empty: nothing.
+    roi: the part of the image that counts. Columns that end in `_note` hold what a user must know of the image
+    (`warnings_of`); empty: nothing.
     """
     mitoses_px = detections.loc[detections["mitosis"], ["x_px", "y_px"]].to_numpy(float)
     hotspot = find_hotspot(mitoses_px, slide.width, slide.height, um_per_px)
@@ -104,6 +112,7 @@ def count_mitoses(
         stain, tissue_mm2 = check_stain(small), find_tissue(small, TISSUE_UM_PER_PX).mean() * image_mm2
     else:
         stain, tissue_mm2 = check_stain(overview, tissue.mask), tissue.area_mm2(um_per_px)
+    region_mm2 = roi.area_mm2(um_per_px) if roi else float("nan")
     facts = {
         "image": name,
         "width_px": slide.width,
@@ -117,7 +126,8 @@ def count_mitoses(
         "mitoses_high": high,
         "tissue_mm2": tissue_mm2,
         "image_mm2": image_mm2,
-        "mitoses_per_mm2": per_mm2(len(mitoses_px), tissue_mm2),
+        "region_mm2": region_mm2,
+        "mitoses_per_mm2": per_mm2(len(mitoses_px), region_mm2 if roi else tissue_mm2),
         "hotspot_mitoses": hotspot.mitoses,
         "hotspot_mm2": hotspot.area_mm2(um_per_px),
         "hotspot_of": "whole image" if hotspot.whole else "window",
@@ -127,6 +137,13 @@ def count_mitoses(
         "hotspot_height_px": hotspot.height_px,
         "stain_note": stain.note,
     }
+    if roi:
+        if not hotspot.mitoses:  # any place in the region is as good, none outside it
+            hotspot = hotspot.moved_to(roi.place, slide.width, slide.height)
+            facts |= {"hotspot_x_px": hotspot.x_px, "hotspot_y_px": hotspot.y_px}
+        corner = hotspot.x_px - 0.5, hotspot.y_px - 0.5
+        window = (*corner, corner[0] + hotspot.width_px, corner[1] + hotspot.height_px)
+        facts["hotspot_mm2"] = roi.area_mm2(um_per_px, window)
     return facts, hotspot
 
 

@@ -5,6 +5,7 @@ import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import xlsxwriter
 
@@ -94,19 +95,41 @@ def write_mitotic_figures(
     write_json(path, content | {"version": {"major": 1, "minor": 0}})
 
 
-def write_geojson(path: Path, detections: pd.DataFrame, origin_px: tuple[int, int] = (0, 0)) -> None:
+def half_sides(
+    detections: pd.DataFrame, width_px: int, height_px: int, um_per_px: float, side_um: float
+) -> list[float]:
+    """Half the side in px of a square about each detection, less near the image's edge: it lies in the middle."""
+    x, y = (detections[axis].to_numpy(float) for axis in ("x_px", "y_px"))
+    room = np.minimum(np.minimum(x + 0.5, y + 0.5), np.minimum(width_px - 0.5 - x, height_px - 0.5 - y))
+    return np.minimum(room, side_um / um_per_px / 2).tolist()
+
+
+def write_geojson(
+    path: Path, detections: pd.DataFrame, origin_px: tuple[int, int] = (0, 0), halves: list[float] | None = None
+) -> None:
     """Write one field's detections as a GeoJSON that QuPath imports with classes and scores.
 
     detections: image, x_px, y_px, probability, mitosis. QuPath counts from the corner of the first pixel,
     we from its centre, so half a pixel is added. It also cuts off what lies before a slide's scanned area, which
-    begins at origin_px. The ids are made from image and place: the same table, the same bytes.
+    begins at origin_px. halves: half the sides of squares about them, as annotations, since its grid view shows what
+    lies in an annotation; None: points, as detections. The ids are made from image and place: the same table, the same
+    bytes.
     """
     columns = ["image", "x_px", "y_px", "probability", "mitosis"]
     features = []
-    for image, x_px, y_px, probability, mitosis in detections[columns].itertuples(index=False, name=None):
+    for number, (image, x_px, y_px, probability, mitosis) in enumerate(
+        detections[columns].itertuples(index=False, name=None)
+    ):
         place = [round(float(v) - start + 0.5, 3) for v, start in zip((x_px, y_px), origin_px, strict=True)]
+        geometry = {"type": "Point", "coordinates": place}
+        if halves is not None:
+            corners = [(-1, -1), (1, -1), (1, 1), (-1, 1), (-1, -1)]
+            ring = [
+                [round(place[0] + x * halves[number], 3), round(place[1] + y * halves[number], 3)] for x, y in corners
+            ]
+            geometry = {"type": "Polygon", "coordinates": [ring]}
         properties = {
-            "objectType": "detection",
+            "objectType": "detection" if halves is None else "annotation",
             "classification": MITOTIC if mitosis else NON_MITOTIC,
             "measurements": {"Probability": round(float(probability), 6)},
         }
@@ -114,7 +137,7 @@ def write_geojson(path: Path, detections: pd.DataFrame, origin_px: tuple[int, in
             {
                 "type": "Feature",
                 "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{spelt_out(str(image))}#{place[0]},{place[1]}")),
-                "geometry": {"type": "Point", "coordinates": place},
+                "geometry": geometry,
                 "properties": properties,
             }
         )
