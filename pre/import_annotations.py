@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from typing import Literal
 
-from dasc.flags import Count, read_flags
+from dasc.flags import Count, NumberOrTable, read_flags
 
 # Edit here, or override one run with the flag of the same name.
 ANNOTATIONS: list[str] = ["annotations"]  # annotation files, or folders of them; each is named after its image

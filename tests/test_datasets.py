@@ -119,6 +119,13 @@ def test_midog21_has_the_split_of_the_paper_and_unlabelled_images(tmp_path):
     assert explicit["046"] == "val" and explicit["041"] == "train" and explicit["047"] == "test"
 
 
+def test_midog22_has_unlabelled_images(tmp_path, caplog):
+    boxes = [(i, 1, [10, 10, 60, 60]) for i in range(1, 355)]
+    split = splits(read_dataset("midog", midog(tmp_path, range(1, 406), boxes)))
+    assert [int(i) for i in split if split[i] == "unlabelled"] == list(range(355, 406))
+    assert "taken for MIDOG 2022" in caplog.text and "51 of 405 images are unlabelled" in caplog.text
+
+
 def test_images_151_to_200_are_labelled_where_one_of_them_is(tmp_path):
     boxes = [(1, 1, [10, 10, 60, 60]), (160, 2, [10, 10, 60, 60])]
     assert "unlabelled" not in splits(read_dataset("midog", midog(tmp_path, range(1, 201), boxes))).values()

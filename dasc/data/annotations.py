@@ -16,7 +16,7 @@ from dasc.data.qupath import is_annotation, read_geojson, read_measurements
 from dasc.data.shapes import Shape, Source
 from dasc.data.viewers import is_coco, read_asap, read_coco, read_imagescope, read_sliderunner
 from dasc.errors import InputError
-from dasc.images.read import IMAGE_SUFFIXES, SLIDE_SUFFIXES
+from dasc.images.find import IMAGE_SUFFIXES, SLIDE_SUFFIXES
 
 FORMATS = ("auto", "geojson", "tsv", "asap", "imagescope", "coco", "sliderunner")
 SUFFIXES = (
