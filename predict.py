@@ -137,9 +137,7 @@ def main(args) -> int:
         skipped=skipped,
     )
     if args.report:
-        calibration = (
-            f"probabilities {'' if detector.calibration.fitted else 'not '}calibrated on the validation fields"
-        )
+        calibration = f"probabilities {'' if detector.calibration.fitted else 'not '}calibrated on validation"
         entries = [one.entry for one in found]
         write_report(out / "report.html", entries, skipped, judged, threshold, calibration, run)
     print("\n".join([summary(counts, skipped), *judged]))
@@ -149,8 +147,6 @@ def main(args) -> int:
 
 def as_asked(detector: Detector, path: Path, args) -> Detector:
     """The detector with the scan settings of the flags; says where its threshold was chosen with others."""
-    if args.roi_class and not args.roi:
-        raise InputError(f"--roi_class {' '.join(args.roi_class)}: has no effect without --roi FOLDER; give both")
     if not detector.patch_um_per_px:
         raise InputError(f"{path}: trained on patches of unknown resolution, so it cannot scan images")
     asked = {name: getattr(args, name) for name in ("per_mm2", "merge_um", "views")}
@@ -253,6 +249,8 @@ def check_flags(args) -> None:
     for name, default in of_a_dataset.items():
         if not args.dataset and (value := getattr(args, name)) and (value != default or name == "data_root"):
             raise InputError(f"--{name} {value}: has no effect without --dataset; name the form of the dataset with it")
+    if args.roi_class and not args.roi:
+        raise InputError(f"--roi_class {' '.join(args.roi_class)}: has no effect without --roi FOLDER; give both")
     if args.dataset and args.images != IMAGES:
         raise InputError("--images: has no effect with --dataset, whose fields are read; leave out one of the two")
 
