@@ -87,6 +87,9 @@ OTHER_METRICS = (
     "these are of points; a leaderboard's average precision (of boxes, or over several distances) is another quantity"
 )
 
+# What is written of an image beside scan.json.
+OF_AN_IMAGE = ("detections.geojson", "regions.geojson", "detections.xml", "mitotic-figures.json", "overlay.png")
+OF_AN_IMAGE += ("tissue.png",)
 SQUARE_UM = 32.0  # side of an annotation for QuPath: the figure and its neighbours, as in the report
 
 
@@ -305,7 +308,7 @@ def remove_outputs(folder: Path, resume: bool) -> None:
     """Remove what an earlier run wrote of an image that is skipped; its scan too, unless --resume may go on with it."""
     scan = folder / "scan.json"
     with writing(folder):
-        for name in ("detections.geojson", "mitotic-figures.json", "overlay.png", "tissue.png"):
+        for name in OF_AN_IMAGE:
             (folder / name).unlink(missing_ok=True)
         if not resume and scan.is_file() and scan.stat().st_mtime < STARTED:  # what this run began may be gone on with
             scan.unlink()

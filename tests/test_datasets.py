@@ -441,7 +441,8 @@ def test_no_annotation_at_all_is_refused_with_where_it_was_looked_for(tmp_path):
 
 
 def test_unknown_names_list_what_there_is(tmp_path):
-    root = table(tmp_path, "".join(f"i{n},a.png,case{n:03d},train,\n" for n in range(200)))
+    fields = "".join(f"i{n},a.png,case{n:03d},train,\n" for n in range(200))
+    root = table(tmp_path, fields, "i0,5,5,1\n")
     fails("table", root, "--test case7:", "200 cases", "case000", "...", "case199", test=["case7"])
     fails("table", root, "--val 1-999999999999", val=["1-999999999999"])
     fails("midog", midog(tmp_path / "m"), "low to high", val=["3-1"])

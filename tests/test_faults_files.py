@@ -100,7 +100,7 @@ def test_an_image_that_is_skipped_keeps_no_files_of_an_earlier_run(small_run, tm
     write(tmp_path / "images/b.tif", **QUARTER)
     succeed("predict.py", *flags(small_run, out, images=image.parent))
     left = {path.name for path in (out / "a.tif").iterdir()}
-    assert left == {"detections.geojson", "mitotic-figures.json", "overlay.png", "scan.json"}
+    assert left == {"detections.geojson", "regions.geojson", "mitotic-figures.json", "overlay.png", "scan.json"}
     image.write_bytes(image.read_bytes()[:3000])
     assert call("predict.py", *flags(small_run, out, images=image.parent), "--resume").status == 1
     assert {path.name for path in (out / "a.tif").iterdir()} == {"scan.json"}  # it says of which content it is

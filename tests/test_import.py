@@ -14,7 +14,8 @@ from pipeline import fails, succeed
 
 from dasc.data.annotations import match_image, read_annotations
 from dasc.data.datasets import read_dataset
-from dasc.images.read import read_field, read_um_per_px
+from dasc.images.read import read_field
+from dasc.images.resolution import read_um_per_px
 from dasc.report.export import half_sides, write_geojson
 
 SCRIPT = "pre/import_annotations.py"
@@ -239,9 +240,10 @@ def test_readers_that_disagree_are_a_class_of_their_own(folders):
 def test_our_own_geojson_comes_back(folders):
     """What predict.py writes for QuPath, read again without naming a class."""
     rng = np.random.default_rng(0)
-    points = rng.uniform([0, 0], [119, 89], (40, 2))
+    grid = np.stack(np.meshgrid(np.arange(6) * 19 + 9, np.arange(4) * 22 + 10), axis=-1).reshape(-1, 2)
+    points = grid + rng.uniform(-2, 2, (24, 2))  # no two of one nucleus
     table = pd.DataFrame({"image": "a.tif", "x_px": points[:, 0], "y_px": points[:, 1], "probability": 0.5})
-    table["mitosis"] = np.arange(40) < 25
+    table["mitosis"] = np.arange(24) < 15
     for halves in (None, half_sides(table, 120, 90, UM, 32.0)):
         write_geojson(folders / "annotations/a.tif/detections.geojson", table, halves=halves)
         imported(folders)

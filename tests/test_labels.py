@@ -230,7 +230,7 @@ WRONG = {
 @pytest.mark.parametrize("cause", WRONG)
 def test_labels_beside_the_nuclei_are_refused_with_the_cause(small_run, tmp_path, cause):
     flags = sample(small_run, tmp_path / "sample", moved(WRONG[cause]))
-    flags += ["--um_per_px", 0.25, "--contested", "drop"]  # in um the nuclei of the sample move close together
+    flags += ["--um_per_px", 0.25, "--insist_um_per_px", "--contested", "drop"]  # in um nuclei move close together
     done = fails("pre/cut_patch_2.py", *flags, "--out", tmp_path / "out", says=f"probably {cause}")
     assert str(tmp_path / "sample") in done.err and "expected 60% or more" in done.err
     assert not list(tmp_path.glob("out*"))  # nothing is cut
