@@ -15,6 +15,7 @@ from scipy.spatial import cKDTree
 
 from dasc.detect.candidates import AT_LEAST, find_candidates
 from dasc.errors import InputError
+from dasc.files import spelt_out
 from dasc.images.read import read_field
 from dasc.images.resolution import choose_resolution, read_stated
 
@@ -114,7 +115,8 @@ def judge_labels(looked: list[Labels], root: Path) -> float:
     looked = [one._replace(candidates=best_of(one, PER_MM2, PER_MITOSIS * len(one.mitoses))) for one in looked]
     count = sum(len(one.mitoses) for one in looked)
     if count < FEWEST:
-        logger.warning("%s: where the labels fall was not checked: %d mitoses, of %d needed", root, count, FEWEST)
+        where = spelt_out(str(root))
+        logger.warning("%s: where the labels fall was not checked: %d mitoses, of %d needed", where, count, FEWEST)
         return np.nan
     share = share_near(looked, [one.mitoses for one in looked])
     if share < LOWEST_SHARE:
