@@ -59,7 +59,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
@@ -69,28 +68,18 @@ from dasc.data.resolutions import asked_um_per_px
 from dasc.detect.image import count_mitoses, find_mitoses, look_over, warnings_of
 from dasc.detect.labels import check_labels, check_size
 from dasc.errors import InputError, WriteError
-from dasc.files import file_name, write_csv, write_json, writing
 from dasc.images.find import list_images
 from dasc.images.parts import content_sha256
 from dasc.images.resolution import choose_resolution
-from dasc.images.slides import Slide, open_slide
+from dasc.images.slides import open_slide
 from dasc.judge.calibration import resolve_threshold
-from dasc.judge.metrics import RADIUS_UM, average_precision, choose_threshold, evaluate, fields_in_um, plateau_threshold
 from dasc.model.checkpoint import Detector, load_detector
-from dasc.report.export import half_sides, write_counts, write_detections, write_geojson, write_mitotic_figures
+from dasc.report.export import write_counts, write_detections
+from dasc.report.judged import write_judgement
+from dasc.report.outputs import image_folder, remove_outputs, write_image
 from dasc.report.page import report_entry, write_report
-from dasc.report.plots import overlay, precision_recall, write_png
-from dasc.report.viewers import write_asap, write_coco, write_regions
-from dasc.run import STARTED, pick_device, record_run, run_script
-
-OTHER_METRICS = (
-    "these are of points; a leaderboard's average precision (of boxes, or over several distances) is another quantity"
-)
-
-# What is written of an image beside scan.json.
-OF_AN_IMAGE = ("detections.geojson", "regions.geojson", "detections.xml", "mitotic-figures.json", "overlay.png")
-OF_AN_IMAGE += ("tissue.png",)
-SQUARE_UM = 32.0  # side of an annotation for QuPath: the figure and its neighbours, as in the report
+from dasc.report.viewers import write_coco, write_regions
+from dasc.run import pick_device, record_run, run_script
 
 
 class Found(NamedTuple):
@@ -129,7 +118,7 @@ def main(args) -> int:
     write_counts(out / "counts.csv", counts)
     write_coco(out / "detections.coco.json", detections[detections["probability"] >= smallest], counts, args.export)
     truth = None if annotations is None else pd.concat([one.truth for one in found])
-    judged = judge(out, truth, detections, counts, threshold, args)
+    judged = write_judgement(out, truth, detections, counts, threshold, args.match, args.seed)
     run = record_run(
         out,
         args,
@@ -206,44 +195,24 @@ def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold:
             truth = truth[roi.at(truth[["x_px", "y_px"]].to_numpy())] if roi else truth
         written = detections[detections["probability"] >= smallest]
         write_regions(folder / "regions.geojson", slide, hotspot, tissue, roi)
-        write_image(folder, slide, written, um_per_px, threshold, smallest, tissue, truth, args)
+        write_image(
+            folder,
+            slide,
+            written,
+            um_per_px,
+            threshold,
+            smallest,
+            tissue,
+            truth,
+            qupath=args.qupath,
+            export=args.export,
+            overlays=args.overlays,
+            match=args.match,
+        )
         entry = None
         if args.report:
             entry = report_entry(slide, um_per_px, overview, written, hotspot, facts, args.thumbnails)
     return Found(detections, facts, truth, entry)
-
-
-def judge(
-    out: Path, truth: pd.DataFrame | None, detections: pd.DataFrame, counts: pd.DataFrame, threshold: float, args
-) -> list[str]:
-    """Write how good the detections are, where there are annotations; the lines to print of it.
-
-    An earlier run's files that these detections were not judged by go.
-    """
-    stale, lines = {"metrics.json", "metrics_per_field.csv", "curve.csv", "curve.png"}, []
-    if truth is not None:
-        resolutions = dict(zip(counts["image"], counts["um_per_px"], strict=True))
-        metrics, per_field = evaluate(truth, detections, resolutions, threshold, args.match, seed=args.seed)
-        words = "F1 {f1:.3f} ({f1_low:.3f}-{f1_high:.3f}), precision {precision:.3f}, recall {recall:.3f}"
-        lines.append(f"{words.format(**metrics)} at threshold {threshold:.3f}")
-        if args.match == "um":  # the curve is matched one to one
-            best, curve = choose_threshold(fields_in_um(truth, detections, resolutions), RADIUS_UM)
-            metrics |= {"oracle_f1": float(curve["f1"].max()) if len(curve) else 0.0, "oracle_threshold": best}
-            metrics |= {"plateau_threshold": plateau_threshold(curve), "average_precision": average_precision(curve)}
-            lines.append(f"average precision {metrics['average_precision']:.3f}")
-            lines[-1] += f"; oracle threshold {best:.3f}: F1 {metrics['oracle_f1']:.3f}"
-            if metrics["oracle_f1"]:  # without a mitosis found there is nothing to advise by
-                lines.append(f"for other images like these: --threshold {metrics['plateau_threshold']:.4f}")
-            write_csv(out / "curve.csv", curve.round(6))
-            precision_recall(out / "curve.png", curve, threshold)
-            stale -= {"curve.csv", "curve.png"}
-        lines.append(OTHER_METRICS)
-        write_json(out / "metrics.json", {**metrics, "model_sha256": counts["model_sha256"].iloc[0]})
-        write_csv(out / "metrics_per_field.csv", per_field)
-        stale -= {"metrics.json", "metrics_per_field.csv"}
-    for name in stale:
-        (out / name).unlink(missing_ok=True)
-    return lines
 
 
 def check_flags(args) -> None:
@@ -299,21 +268,6 @@ def image_fields(paths: list[str], out: Path) -> tuple[pd.DataFrame, dict[str, s
     return pd.DataFrame(fields), skipped
 
 
-def image_folder(out: Path, image: str) -> Path:
-    """The folder of an image's own files."""
-    return out / file_name(image, safe=" ")
-
-
-def remove_outputs(folder: Path, resume: bool) -> None:
-    """Remove what an earlier run wrote of an image that is skipped; its scan too, unless --resume may go on with it."""
-    scan = folder / "scan.json"
-    with writing(folder):
-        for name in OF_AN_IMAGE:
-            (folder / name).unlink(missing_ok=True)
-        if not resume and scan.is_file() and scan.stat().st_mtime < STARTED:  # what this run began may be gone on with
-            scan.unlink()
-
-
 def dataset_fields(args) -> tuple[Dataset, pd.DataFrame, pd.DataFrame]:
     """The dataset, the fields of one split, and the mitoses annotated in the dataset."""
     dataset = read_as_asked(args)
@@ -327,27 +281,6 @@ def dataset_fields(args) -> tuple[Dataset, pd.DataFrame, pd.DataFrame]:
             f"can be judged; looked for {dataset.looked_for}; see --split, --val and --test"
         )
     return dataset, fields.assign(file=[dataset.root / path for path in fields["path"]]), annotations
-
-
-def write_image(
-    folder: Path, slide: Slide, detections: pd.DataFrame, um_per_px, threshold, smallest, tissue, truth, args
-) -> None:
-    """Everything that is written per image, in a folder of the image's name."""
-    halves = half_sides(detections, slide.width, slide.height, um_per_px, SQUARE_UM)
-    halves = halves if args.qupath == "annotations" else None
-    write_geojson(folder / "detections.geojson", detections, slide.origin_px, halves)
-    write_asap(folder / "detections.xml", detections, args.export)
-    try:
-        write_mitotic_figures(folder / "mitotic-figures.json", detections, um_per_px, threshold, smallest)
-    except InputError as error:  # the format ends at 10 mm; the other files hold all
-        (folder / "mitotic-figures.json").unlink(missing_ok=True)  # of an earlier run
-        tqdm.write(f"not written: {error}", file=sys.stderr)
-    if tissue is not None:
-        write_png(folder / "tissue.png", np.repeat(tissue.mask[:, :, None], 3, axis=2).astype(np.uint8) * 255)
-    elif args.overlays:
-        points = None if truth is None else truth[["x_px", "y_px"]].to_numpy(float)
-        image = slide.read_region(0, 0, 0, slide.width, slide.height)
-        write_png(folder / "overlay.png", overlay(image, detections, um_per_px, points, args.match))
 
 
 def summary(counts: pd.DataFrame, skipped: dict[str, str]) -> str:

@@ -43,8 +43,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from dasc.data.cut import read_cut
 from dasc.data.patches import load_patches
-from dasc.data.tables import CHECKED, LABELS, join_by_patch, levels_of, read_cut, read_hard, read_patches, write_table
+from dasc.data.tables import CHECKED, LABELS, join_by_patch, levels_of, read_hard, read_patches, write_table
 from dasc.errors import InputError
 from dasc.files import write_csv
 from dasc.model import loop

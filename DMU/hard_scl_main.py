@@ -67,8 +67,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from dasc.data.cut import read_cut, read_val_fields
 from dasc.data.patches import load_patches
-from dasc.data.tables import LABELS, check_both_labels, join_by_patch, read_cut, read_patches, read_scl, read_val_fields
+from dasc.data.tables import LABELS, check_both_labels, join_by_patch, read_patches, read_scl
 from dasc.detect.val import fit_to_val
 from dasc.errors import InputError
 from dasc.files import write_csv

@@ -49,9 +49,10 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from dasc.data.cut import read_cut
 from dasc.data.patches import load_patches
 from dasc.data.splits import nucleus_of
-from dasc.data.tables import LABELS, MEMORY, check_both_labels, read_cut, read_patches, write_table
+from dasc.data.tables import LABELS, MEMORY, check_both_labels, read_patches, write_table
 from dasc.model import loop
 from dasc.model.checkpoint import load_initial_weights, read_last, save_checkpoint, training_settings
 from dasc.model.losses import generalised_cross_entropy

@@ -49,8 +49,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from dasc.data.cut import read_cut, read_val_fields
 from dasc.data.patches import load_patches
-from dasc.data.tables import SPLITS, check_both_labels, read_cut, read_patches, read_val_fields, without_noisy
+from dasc.data.tables import SPLITS, check_both_labels, read_patches, without_noisy
 from dasc.detect.val import fit_to_patches, fit_to_val, judge_patches
 from dasc.files import write_json
 from dasc.model import loop

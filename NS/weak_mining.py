@@ -43,8 +43,9 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from dasc.data.cut import read_cut
 from dasc.data.patches import copy_patches, load_patches, read_patch, write_patch
-from dasc.data.tables import PATCHES, read_cut, read_patches, write_table
+from dasc.data.tables import PATCHES, read_patches, write_table
 from dasc.errors import InputError
 from dasc.files import check_replaceable, replacing_folder, sha256, write_csv
 from dasc.model.checkpoint import load_detector

@@ -67,10 +67,11 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from dasc.data.cut import Cut, write_cut
 from dasc.data.datasets import Dataset, drop_outside, read_as_asked
 from dasc.data.patches import CutPatch, PatchCutter, at_point, away_from, negatives, shifted, write_patch
 from dasc.data.resolutions import asked_um_per_px
-from dasc.data.tables import ANNOTATIONS, FIELDS, LABELS, PATCHES, SPLITS, Cut, write_cut, write_table
+from dasc.data.tables import ANNOTATIONS, FIELDS, LABELS, PATCHES, SPLITS, write_table
 from dasc.detect.candidates import find_candidates
 from dasc.detect.field import score_points
 from dasc.detect.labels import check_labels, check_size

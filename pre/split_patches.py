@@ -37,9 +37,10 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from dasc.data.cut import Cut, write_cut
 from dasc.data.patches import copy_patches, write_patch
 from dasc.data.splits import draw_share, draw_slides, parse_cases
-from dasc.data.tables import LABELS, PATCHES, SPLITS, Cut, read_patches, write_cut, write_table
+from dasc.data.tables import LABELS, PATCHES, SPLITS, read_patches, write_table
 from dasc.errors import InputError
 from dasc.files import check_replaceable, replacing_folder
 from dasc.images.read import read_field

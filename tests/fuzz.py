@@ -59,10 +59,11 @@ from fuzz_inputs import (
 import dasc.images.slides
 import dasc.report.plots  # here, since matplotlib makes folders of its own before the child is watched
 from dasc.data.annotations import find_annotations, read_annotations
+from dasc.data.cut import read_cut_fields
 from dasc.data.datasets import read_dataset
 from dasc.data.patches import load_patches
 from dasc.data.shapes import areas_of, places
-from dasc.data.tables import read_checked, read_cut_fields, read_hard, read_memory, read_patches, read_scl
+from dasc.data.tables import read_checked, read_hard, read_memory, read_patches, read_scl
 from dasc.detect.image import look_over
 from dasc.detect.resume import SavedScan
 from dasc.errors import InputError

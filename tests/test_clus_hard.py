@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from pipeline import LIGHT, fails, succeed
 
-from dasc.data.tables import CHECKED, HARD, PATCHES, SCL, Cut, write_cut
+from dasc.data.cut import Cut, write_cut
+from dasc.data.tables import CHECKED, HARD, PATCHES, SCL
 
 HERE = "clus_hard.py"
 PER_LABEL = {"clean": 8, "easy": 8, "middle": 8, "hardest": 6, "noisy": 3, "dropped": 2}

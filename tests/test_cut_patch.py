@@ -10,8 +10,9 @@ import pytest
 from conftest import sample_flags
 from pipeline import ROOT, call, fails, succeed
 
+from dasc.data.cut import read_cut_fields
 from dasc.data.patches import read_patch
-from dasc.data.tables import read_cut_fields, read_patches
+from dasc.data.tables import read_patches
 
 SHARED = ROOT.parent / "shared" / "data"
 

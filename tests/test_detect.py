@@ -12,8 +12,8 @@ from scipy.special import expit
 
 import dasc.detect.candidates
 import dasc.detect.field
+from dasc.data.cut import ValFields
 from dasc.data.patches import PatchCutter
-from dasc.data.tables import ValFields
 from dasc.detect.field import merge, over_all_views, scan_field
 from dasc.detect.val import fit_to_val
 from dasc.judge.calibration import Calibration

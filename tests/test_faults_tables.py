@@ -13,7 +13,8 @@ import tifffile
 from broken import tissue
 from pipeline import LIGHT, ROOT, fails, succeed
 
-from dasc.data.tables import read_cut_fields, read_patches
+from dasc.data.cut import read_cut_fields
+from dasc.data.tables import read_patches
 
 CUT = ["--patch_size", 32, "--normalise_stain", "False", "--shifts", 0, "--random_per_field", 1, "--workers", 1]
 STATED = {"photometric": "rgb", "resolution": (40_000, 40_000), "resolutionunit": 3}

@@ -15,7 +15,7 @@ from PIL import Image
 from pipeline import LIGHT, SOURCES, fails, succeed
 
 import dasc.model.difficulty
-from dasc.data.tables import read_cut, write_cut
+from dasc.data.cut import read_cut, write_cut
 from dasc.model.checkpoint import read_checkpoint
 from dasc.model.network import CamNetwork
 

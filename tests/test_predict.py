@@ -15,7 +15,7 @@ from PIL import Image
 from pipeline import call, fails, succeed
 from test_export import read_sheet
 
-from dasc.data.tables import ValFields, read_cut_fields
+from dasc.data.cut import ValFields, read_cut_fields
 from dasc.detect.val import fit_to_val
 from dasc.errors import WriteError
 from dasc.files import sha256

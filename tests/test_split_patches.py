@@ -9,9 +9,10 @@ import pytest
 from pipeline import LIGHT, fails, succeed
 from test_detect import detector_of
 
+from dasc.data.cut import read_cut_fields
 from dasc.data.patches import read_patch
 from dasc.data.splits import draw_share, draw_slides
-from dasc.data.tables import read_cut_fields, read_patches
+from dasc.data.tables import read_patches
 from dasc.detect.val import fit_to_patches, judge_patches
 from dasc.errors import InputError
 from dasc.judge.metrics import counts_to_scores

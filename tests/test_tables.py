@@ -5,20 +5,8 @@ import json
 import pandas as pd
 import pytest
 
-from dasc.data.tables import (
-    HARD,
-    MEMORY,
-    SCL,
-    Cut,
-    join_by_patch,
-    levels_of,
-    read_cut,
-    read_hard,
-    read_memory,
-    read_scl,
-    write_cut,
-    write_table,
-)
+from dasc.data.cut import Cut, read_cut, write_cut
+from dasc.data.tables import HARD, MEMORY, SCL, join_by_patch, levels_of, read_hard, read_memory, read_scl, write_table
 from dasc.errors import InputError
 
 

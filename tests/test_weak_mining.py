@@ -12,8 +12,9 @@ import pytest
 import torch
 from pipeline import LIGHT, ROOT, check_run_json, fails, marked_commands, succeed
 
+from dasc.data.cut import read_cut, write_cut
 from dasc.data.patches import read_patch, write_patch
-from dasc.data.tables import read_cut, read_patches, write_cut
+from dasc.data.tables import read_patches
 from dasc.images.read import read_field
 from dasc.model.checkpoint import load_detector
 from dasc.model.inference import embed_patches

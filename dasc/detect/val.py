@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from dasc.data.tables import ValFields
+from dasc.data.cut import ValFields
 from dasc.detect.field import detections_of, look_at
 from dasc.images.read import read_field
 from dasc.judge.calibration import Calibration, fit_calibration, ordinary_odds, right_detections

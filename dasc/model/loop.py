@@ -14,7 +14,8 @@ import torch
 from sklearn.metrics import precision_recall_curve
 from torch import Tensor
 
-from dasc.data.tables import LABELS, Cut
+from dasc.data.cut import Cut
+from dasc.data.tables import LABELS
 from dasc.errors import InputError
 from dasc.files import write_csv
 from dasc.model.checkpoint import Detector, interpolate, load_initial_weights, save_checkpoint

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from dasc.data.tables import ValFields, read_cut_fields
+from dasc.data.cut import ValFields, read_cut_fields
 from dasc.detect.val import fit_to_val
 from dasc.flags import true_or_false
 from dasc.model.checkpoint import Detector, load_detector, read_checkpoint, save_detector
