@@ -20,6 +20,8 @@ ALLOWED = {
     ("dasc/data/patches.py", "write_patch"): "into a folder that replaces another as a whole",
     ("dasc/data/patches.py", "copy_patches"): "into a folder that replaces another as a whole",
     ("dasc/weak/pool.py", "_append"): "records are appended, each with its key; half of one is cut off by the next run",
+    ("dasc/review/answers.py", "_append"): "one row per key; half of one is cut off when it fails or by the next run",
+    ("dasc/review/answers.py", "_cut"): "cuts off half a row that a killed run left",
     ("pre/make_sample.py", "draw_case"): "into a folder that replaces another as a whole",
 }
 # The functions above that write into a folder in the making, and who may call them.
