@@ -32,6 +32,7 @@ DATA_ROOT = ""  # folder of that dataset
 SPLIT: Literal["train", "val", "test"] = "test"  # which of its fields
 VAL = ""  # cases for validation, A,B; empty: the dataset's own split
 TEST = ""  # cases for the test
+CORRECTIONS = ""  # corrections.csv of review.py, applied to the dataset's annotations; empty: they stay as they are
 MATCH: Literal["um", "uts"] = "um"  # um: within 7.5 um, one to one; uts: within 30 px, many to one, as the paper counts
 DEVICE: Device = "auto"  # auto takes cuda, else mps, else cpu
 BATCH_SIZE: Count = 256  # patches scored together; less takes less memory
@@ -51,6 +52,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from dasc.data.corrections import UNSURE, correct_dataset, without_unsure
 from dasc.data.datasets import drop_outside, read_dataset
 from dasc.data.splits import parse_cases
 from dasc.detect.image import count_mitoses, find_mitoses, look_over
@@ -78,7 +80,7 @@ class Found(NamedTuple):
 
 def main(args) -> int:
     model_path, out = Path(args.model_path), Path(args.out)
-    fields, annotations = dataset_fields(args) if args.dataset else image_fields(args.images)
+    fields, annotations, corrections = dataset_fields(args) if args.dataset else (*image_fields(args.images), {})
     detector = as_asked(load_detector(model_path, pick_device(args.device)), model_path, args)
     threshold = resolve_threshold(args.threshold, detector.threshold, detector.val_curve, model_path)
     smallest = min(args.smallest, threshold)
@@ -109,6 +111,7 @@ def main(args) -> int:
         model_sha256=detector.sha256,
         threshold=threshold,
         skipped=skipped,
+        corrections=corrections,
     )
     if args.report:
         calibration = (
@@ -183,6 +186,7 @@ def judge(
     stale, lines = {"metrics.json", "metrics_per_field.csv", "curve.csv", "curve.png"}, []
     if truth is not None:
         resolutions = dict(zip(counts["image"], counts["um_per_px"], strict=True))
+        truth, detections = without_unsure(truth, detections, resolutions)
         metrics, per_field = evaluate(truth, detections, resolutions, threshold, args.match, seed=args.seed)
         words = "F1 {f1:.3f} ({f1_low:.3f}-{f1_high:.3f}), precision {precision:.3f}, recall {recall:.3f}"
         lines.append(f"{words.format(**metrics)} at threshold {threshold:.3f}")
@@ -213,16 +217,17 @@ def image_fields(paths: list[str]) -> tuple[pd.DataFrame, None]:
     return pd.DataFrame({"image": names, "file": files, "um_per_px": float("nan")}), None
 
 
-def dataset_fields(args) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The fields of one split, and the mitoses annotated in the dataset."""
+def dataset_fields(args) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int]]:
+    """The fields of one split, the mitoses of the dataset and what readers are unsure of, and what was corrected."""
     dataset = read_dataset(
         args.dataset, Path(args.data_root), parse_cases(args.val) or None, parse_cases(args.test) or None
     )
     fields = dataset.fields[dataset.fields["split"] == args.split]
     if fields.empty:
         raise InputError(f"{args.data_root}: no field in split {args.split}; see --val and --test")
-    annotations = dataset.annotations[dataset.annotations["label"] == 1]
-    return fields.assign(file=[dataset.root / path for path in fields["path"]]), annotations
+    dataset, corrections = correct_dataset(dataset, args.corrections)
+    annotations = dataset.annotations[dataset.annotations["label"].isin([1, UNSURE])]
+    return fields.assign(file=[dataset.root / path for path in fields["path"]]), annotations, corrections
 
 
 def write_image(
@@ -238,7 +243,7 @@ def write_image(
     if tissue is not None:
         write_png(folder / "tissue.png", np.repeat(tissue.mask[:, :, None], 3, axis=2).astype(np.uint8) * 255)
     elif args.overlays:
-        points = None if truth is None else truth[["x_px", "y_px"]].to_numpy(float)
+        points = None if truth is None else truth.loc[truth["label"] == 1, ["x_px", "y_px"]].to_numpy(float)
         image = slide.read_region(0, 0, 0, slide.width, slide.height)
         write_png(folder / "overlay.png", overlay(image, detections, um_per_px, points, args.match))
 

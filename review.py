@@ -46,7 +46,7 @@ from dasc.files import file_name, sha256, write_json
 from dasc.report.plots import agreement
 from dasc.review import collect, outcome, queue
 from dasc.review.answers import AnswerFile, check_reader
-from dasc.review.crops import Crops
+from dasc.review.crops import Crops, check_images
 from dasc.review.server import Review, Server, typed, write_page
 from dasc.run import record_run, run_script
 
@@ -56,6 +56,7 @@ def main(args) -> int:
         return collect_answers(args)
     if bool(args.memory) + bool(args.predict) != 1 and (args.queue != queue.CONTESTED or args.memory):
         raise InputError("give --memory or --predict, or else --collect or --queue contested; --help explains them")
+    check_reader(args.reader)
     name = args.queue or ("noise" if args.memory else "uncertain")
     out = folder(args)
     table = make_queue(name, args)
@@ -65,6 +66,7 @@ def main(args) -> int:
         out / "answers" / f"{args.reader}.csv", args.reader, sha256(out / "queue.csv"), len(table), args.pass_number
     )
     source = {args.memory or args.predict or args.out: len(table)}
+    check_images(table)
     record_run(out, args, inputs=source, kinds=table["kind"].value_counts().to_dict())
     print(f"{len(table)} cells of {table['image'].nunique()} images in {out / 'queue.csv'}: {count_kinds(table)}")
     with Crops(table) as crops:
@@ -90,7 +92,7 @@ def folder(args) -> Path:
 
 def lock_folder(args) -> Path:
     """What no second run may hold: a reader's answers, or what is collected."""
-    return Path(args.out) / "collect" if args.collect else folder(args) / "answers" / check_reader(args.reader)
+    return Path(args.out) / "collect" if args.collect else folder(args) / "answers" / file_name(args.reader)
 
 
 def make_queue(name: str, args) -> pd.DataFrame:

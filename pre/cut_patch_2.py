@@ -34,6 +34,7 @@ EXCLUDE_UM: Amount = 20.0  # candidates nearer than this to a mitosis are never 
 SAME_UM: Amount = 7.5  # candidates nearer than this to an annotated hard negative are the same nucleus
 RANDOM_PER_POSITIVE: Amount = 1.0  # random negatives per mitosis patch of a training field
 RANDOM_PER_FIELD: Natural = 40  # random negatives in every field of validation and test
+CORRECTIONS = ""  # corrections.csv of review.py: what readers made of the annotations; empty: they stay as they are
 HARD_NEGATIVES = True  # cut the annotated hard negatives too; False: as if nobody had annotated any
 FP_MDOEL = False  # True: stage 3, search the training fields with the model for false positives
 MODEL_PATH = "results/NS/model.pt"  # the search network of stage 2
@@ -61,6 +62,7 @@ import pandas as pd
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
+from dasc.data.corrections import UNSURE, correct_dataset
 from dasc.data.datasets import Dataset, drop_outside, read_dataset
 from dasc.data.patches import PatchCutter, write_patch
 from dasc.data.splits import parse_cases
@@ -82,6 +84,7 @@ def main(args) -> int:
     dataset = read_dataset(
         args.dataset, Path(args.data_root), parse_cases(args.val) or None, parse_cases(args.test) or None
     )
+    dataset, corrections = correct_dataset(dataset, args.corrections)
     fields = dataset.fields[dataset.fields["split"].isin(SPLITS)].reset_index(drop=True)
     network = device = None
     if args.fp_mdoel:
@@ -115,7 +118,8 @@ def main(args) -> int:
             pool.shutdown(cancel_futures=True)
     if len(skipped) == len(fields):
         raise InputError(f"none of the {len(fields)} fields could be cut; the first: {next(iter(skipped.values()))}")
-    finish(out, partial, fields[~fields["image"].isin(list(skipped))], dataset.root, skipped, args, device)
+    cut_fields = fields[~fields["image"].isin(list(skipped))]
+    finish(out, partial, cut_fields, dataset.root, skipped, args, device, corrections)
     return 1 if skipped else 0
 
 
@@ -210,6 +214,8 @@ def cut_field(field, annotations: pd.DataFrame, root: Path, partial: Path, args,
     points_px, _ = find_candidates(image, um_per_px, args.per_mm2)
     points_px = points_px[away_from(points_px, mitoses, args.exclude_um / um_per_px)]
     points_px = points_px[away_from(points_px, hard_negatives, args.same_um / um_per_px)]
+    unsure = annotations.loc[annotations["label"] == UNSURE, ["x_px", "y_px"]].to_numpy(float)
+    points_px = points_px[away_from(points_px, unsure, args.same_um / um_per_px)]
     points_px = rng.permutation(points_px)  # drawn before the search: stage 3 keeps stage 1's random negatives
     if network is not None and field.split == "train":
         with turn:  # one scan at a time: every core works on it, and one batch lies in memory
@@ -271,7 +277,9 @@ def write_one(cut: CutPatch, number: int, field, partial: Path) -> dict:
     return {key: None if value != value else value for key, value in row.items()}  # JSON knows no NaN
 
 
-def finish(out: Path, partial: Path, fields: pd.DataFrame, root: Path, skipped: dict, args, device) -> None:
+def finish(
+    out: Path, partial: Path, fields: pd.DataFrame, root: Path, skipped: dict, args, device, corrections
+) -> None:
     """Write the tables and put the folder in its place."""
     records = [
         json.loads((partial / "fields" / f"{file_name(image)}.json").read_text(encoding="utf-8"))
@@ -296,6 +304,7 @@ def finish(out: Path, partial: Path, fields: pd.DataFrame, root: Path, skipped: 
         fields=len(fields),
         patches={" ".join(map(str, key)): int(count) for key, count in counts.items()},
         skipped=skipped,
+        corrections=corrections,
         annotations_outside={image: count for image, count in outside.items() if count},
     )
     with writing(out):

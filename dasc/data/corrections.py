@@ -1,6 +1,7 @@
 """Corrections of annotations, as readers of review.py decided them, brought into any dataset."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -118,14 +119,18 @@ def _nearest(annotations: pd.DataFrame, corrections: pd.DataFrame, numbers: np.n
     return found
 
 
-def without_unsure(detections: pd.DataFrame, annotations: pd.DataFrame, um_per_px: float) -> pd.DataFrame:
-    """The detections of one image to be judged: none whose nearest annotation within SAME_UM is an unsure one.
+def without_unsure(
+    annotations: pd.DataFrame, detections: pd.DataFrame, um_per_px: Mapping[str, float]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What is judged: annotations that are sure, and detections whose nearest annotation within SAME_UM is none unsure.
 
-    detections: x_px, y_px. annotations: of the image, all labels.
+    annotations: image, x_px, y_px, label. detections: image, x_px, y_px. um_per_px: of every image.
     """
-    if detections.empty or not (annotations["label"] == UNSURE).any():
-        return detections
-    columns = ["x_px", "y_px"]
-    distance, nearest = cKDTree(annotations[columns].to_numpy(float)).query(detections[columns].to_numpy(float))
-    unsure = annotations["label"].to_numpy()[nearest] == UNSURE
-    return detections[~(unsure & (distance * um_per_px <= SAME_UM))]
+    columns, left_out = ["x_px", "y_px"], []
+    unsure = annotations["label"] == UNSURE
+    for image in annotations.loc[unsure, "image"].unique():
+        members = (annotations["image"] == image).to_numpy()
+        found = detections.loc[detections["image"] == image, columns]
+        distance, nearest = cKDTree(annotations.loc[members, columns]).query(found.to_numpy(float).reshape(-1, 2))
+        left_out += found.index[unsure[members].to_numpy()[nearest] & (distance * um_per_px[image] <= SAME_UM)].tolist()
+    return annotations[~unsure], detections.drop(index=left_out)

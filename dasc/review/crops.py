@@ -11,6 +11,7 @@ import imagecodecs
 import numpy as np
 import pandas as pd
 
+from dasc.errors import InputError
 from dasc.images.slides import Slide, open_slide, read_overview
 from dasc.report.page import read_square
 
@@ -132,6 +133,16 @@ class Crops:
 
     def _held_px(self) -> int:
         return sum(one.width * one.height for one in self._slides.values() if one.reader == "memory")
+
+
+def check_images(queue: pd.DataFrame) -> None:
+    """Say which images of a queue are gone; InputError where all of them are."""
+    paths = queue["path"].drop_duplicates().tolist()
+    gone = [path for path in paths if not Path(path).is_file()]
+    if len(gone) == len(paths):
+        raise InputError(f"none of the {len(paths)} images is there (first: {gone[0]}); --data_root names their folder")
+    if gone:
+        print(f"{len(gone)} of {len(paths)} images are gone, the first {gone[0]}: X passes over their cells")
 
 
 def turned(picture: np.ndarray, turn: int) -> np.ndarray:

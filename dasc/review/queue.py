@@ -186,7 +186,7 @@ def ranked(cells: pd.DataFrame, queue: str) -> pd.DataFrame:
     if "clean_verdict" in cells:
         cells = cells[~cells["clean_verdict"]]
     if cells.empty:
-        raise InputError(f"--queue {queue}: no cell of that kind")
+        raise InputError(f"--queue {queue}: no cell of that kind, or --hard calls all of them clean; try another queue")
     return cells.loc[order[cells.index].sort_values(kind="stable").index]
 
 
@@ -244,13 +244,14 @@ def _controls(cells: pd.DataFrame, wanted: int, rng: np.random.Generator) -> pd.
     """Cells that nobody doubts, as many of both kinds as there are: the least suspicious half, drawn at random."""
     if cells["label"].notna().all() and "clean_verdict" in cells and cells["clean_verdict"].any():
         cells = cells[cells["clean_verdict"]]
-    drawn = []
-    for called, number in ((1, wanted // 2), (0, wanted - wanted // 2)):
+    calm = []
+    for called in (1, 0):
         of_kind = cells[cells["called"] == called]
         doubt = of_kind["noise_score"].where(of_kind["label"].notna(), (called - of_kind["probability"]).abs())
-        calm = of_kind.loc[doubt.sort_values(kind="stable").index[: max(1, round(UNSUSPICIOUS * len(of_kind)))]]
-        drawn.append(calm.iloc[rng.permutation(len(calm))[:number]])
-    return pd.concat(drawn)
+        least = of_kind.loc[doubt.sort_values(kind="stable").index[: max(1, round(UNSUSPICIOUS * len(of_kind)))]]
+        calm.append(least.iloc[rng.permutation(len(least))])
+    mitoses = min(max(wanted // 2, wanted - len(calm[1])), len(calm[0]))  # half of them, or more where others lack
+    return pd.concat([calm[0][:mitoses], calm[1][: wanted - mitoses]])
 
 
 def strata_of(cells: pd.DataFrame) -> np.ndarray:
