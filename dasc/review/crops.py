@@ -19,7 +19,7 @@ CROP_UM, CONTEXT_UM = 32, 256  # tissue that a crop and its surroundings show
 SIDE_PX = {CROP_UM: 192, CONTEXT_UM: 640}  # of their pictures
 OVERVIEW_PX = 320  # longest side of the picture of a whole image
 PAGE = 24  # cells of the gallery's page
-QUALITY = 88  # of the JPEGs
+QUALITY, ROUGH = 90, 70  # of the JPEGs: of crops, and of the larger pictures, that a page to be sent is mostly made of
 OPEN_SLIDES = 64  # held open at the same time
 OPEN_PX = 200_000_000  # fewer where those held in memory have more pixels than this: 0.6 GB
 KEPT = 600  # pictures kept: some 10 MB of crops
@@ -68,7 +68,7 @@ class Crops:
         )
         cv2.circle(picture, place, 8, (255, 255, 255), 4, cv2.LINE_AA)
         cv2.circle(picture, place, 8, MARK, 2, cv2.LINE_AA)
-        return _encode(picture)
+        return _encode(picture, ROUGH)
 
     def close(self) -> None:
         """Close the slides."""
@@ -113,7 +113,7 @@ class Crops:
     def _square(self, item: int, um: int) -> bytes:
         cell = self._cells[item]
         picture = read_square(self._slide(cell.path), cell.x_px, cell.y_px, um / cell.um_per_px, SIDE_PX[um])
-        return _encode(turned(picture, cell.turn))
+        return _encode(turned(picture, cell.turn), QUALITY if um == CROP_UM else ROUGH)
 
     def _small(self, path: str) -> bytes:
         slide = self._slide(path)
@@ -151,8 +151,8 @@ def turned(picture: np.ndarray, turn: int) -> np.ndarray:
     return np.ascontiguousarray(picture[:, ::-1] if turn >= 4 else picture)
 
 
-def _encode(picture: np.ndarray) -> bytes:
+def _encode(picture: np.ndarray, quality: int = QUALITY) -> bytes:
     """An RGB picture as JPEG."""
-    return cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[
+    return cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[
         1
     ].tobytes()
