@@ -69,6 +69,7 @@ class Review:
             "context_um": CONTEXT_UM,
             "items": items,
             "pass": self.answers.number,
+            "queue_sha256": self.answers.queue_sha256,
         }
 
     def answer(self, content: Any) -> dict[str, int]:
