@@ -1,7 +1,6 @@
 """What is made of the readers' consensus: a dataset, a layer for QuPath, and counts with intervals."""
 
-import os
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -59,11 +58,11 @@ def _write_table_dataset(out: Path, fields: pd.DataFrame, annotations: pd.DataFr
         write_table(partial / "annotations.csv", annotations, ANNOTATIONS)
 
 
-def _link(path: Path, file: PurePath) -> None:
+def _link(path: Path, file: Path) -> None:
     try:
         path.symlink_to(file)
     except OSError:  # Windows allows only developers to make them
-        os.link(file, path)
+        path.hardlink_to(file)
 
 
 def write_geojson(folder: Path, votes: pd.DataFrame) -> None:
