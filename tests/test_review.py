@@ -155,7 +155,8 @@ def test_a_reader_answers_by_browser_and_a_killed_server_forgets_nothing(tmp_pat
             "rows": 4,
             "pass": 1,
         }
-        assert state["queue_sha256"] == sha256(out / "queue.csv") and state["crop_um"] == 32 and state["context_um"] == 256
+        assert state["queue_sha256"] == sha256(out / "queue.csv")
+        assert state["crop_um"] == 32 and state["context_um"] == 256
         assert [item["item"] for item in state["items"]] == list(range(30))
         assert all(item.keys() == {"item", "turn", "answer"} for item in state["items"])  # blind
         assert one.post({"item": 3, "answer": "M", "seconds": 1.7}) == (200, b'{"answered": 1, "of": 30}')
