@@ -1,20 +1,22 @@
 """Stage 9 of 9: find the mitoses of new images, or of a dataset's fields and judge them by its annotations.
 
 Reads images (whole slides of OpenSlide's formats, TIFF, PNG, JPEG, BMP) and a model.pt of stage 2 or 8.
-Writes OUT/detections.csv, counts.csv (mitoses, density and hotspot of every image), report.html and run.json; per image
-a QuPath GeoJSON, mitotic-figures.json, scan.json to resume from and an overlay PNG, for a slide tissue.png instead;
-with a dataset metrics.json, metrics_per_field.csv, curve.csv and curve.png (what other thresholds would give) too.
+Writes OUT/detections.csv, counts.csv and counts.xlsx (mitoses, density, hotspot and stain of every image), report.html
+and run.json; per image detections.geojson and regions.geojson for QuPath, mitotic-figures.json, scan.json to resume
+from and an overlay PNG, for a slide tissue.png instead; with a dataset metrics.json, metrics_per_field.csv, curve.csv
+and curve.png (what other thresholds would give) too.
 """
 
 from typing import Literal
 
-from dasc.flags import Amount, Count, Device, Layout, Natural, Share, read_flags
+from dasc.flags import Amount, Count, Device, Layout, Natural, NumberOrTable, Share, read_flags
 
 # Edit here, or override one run with the flag of the same name.
 IMAGES: list[str] = ["data/sample/images"]  # image files, or folders of them
 MODEL_PATH = "results/DMU_scl/model.pt"  # the trained network
 OUT = "results/predict"  # folder to write
-UM_PER_PX: Amount = 0.0  # resolution of the images in um/px; 0: as the file or the dataset states it
+UM_PER_PX: NumberOrTable = ""  # um/px of the images that state none: a number, or a CSV image,um_per_px
+INSIST_UM_PER_PX = False  # True: UM_PER_PX counts for images that state another resolution, too
 THRESHOLD = "best"  # p(mitosis) from which a detection counts: a number, or by the validation fields: best (by F1),
 # precision=0.8, recall=0.9
 PER_MM2: Amount = 0.0  # candidates looked at per mm2, best ranked first; 0: as many as the model's threshold is for
@@ -24,6 +26,12 @@ VIEWS: Literal[0, 1, 2, 4, 8] = 0  # test-time augmentation: turned and mirrored
 SCORE_ALIGNMENT = True  # move every image's log odds until its ordinary nuclei have those of the validation fields
 SMALLEST: Share = 0.05  # detections below this probability are not written
 WHOLE_PX: Count = 50_000_000  # images of more pixels are scanned as slides: tile by tile, on their tissue only
+ROI = ""  # folder of QuPath GeoJSON files, one per image: only what lies in their polygons counts; empty: all counts
+ROI_CLASS: list[str] = []  # classes of the polygons that count; none: every annotated polygon
+QUPATH: Literal["detections", "annotations"] = "detections"  # what detections.geojson holds: points as detections, or
+# squares as annotations, which QuPath's grid view shows and sorts
+EXPORT: list[Literal["asap", "coco"]] = []  # write detections for other programs too: IMAGE/detections.xml of ASAP,
+# OUT/detections.coco.json
 OVERLAYS = True  # draw the detections on a copy of every field
 REPORT = True  # write report.html
 THUMBNAILS: Natural = 24  # detections of every image shown in the report, strongest first
@@ -33,6 +41,10 @@ SPLIT: Literal["train", "val", "test"] = "test"  # which of its fields
 VAL = ""  # cases for validation, A,B; empty: the dataset's own split
 TEST = ""  # cases for the test
 CORRECTIONS = ""  # corrections.csv of review.py, applied to the dataset's annotations; empty: they stay as they are
+UNLABELLED = ""  # images of the dataset that carry no labels, A,B or 355-405
+EMPTY = ""  # images in which there is nothing to annotate, where nothing else says so
+CONTESTED: Literal["refuse", "drop"] = "refuse"  # a nucleus with both labels: refuse, or drop its annotations
+CHECK_LABELS = True  # refuse labels that do not lie at nuclei, and sizes of images other than the labels state
 MATCH: Literal["um", "uts"] = "um"  # um: within 7.5 um, one to one; uts: within 30 px, many to one, as the paper counts
 DEVICE: Device = "auto"  # auto takes cuda, else mps, else cpu
 BATCH_SIZE: Count = 256  # patches scored together; less takes less memory
@@ -53,20 +65,31 @@ import pandas as pd
 from tqdm import tqdm
 
 from dasc.data.corrections import UNSURE, correct_dataset, without_unsure
-from dasc.data.datasets import drop_outside, read_dataset
-from dasc.data.splits import parse_cases
-from dasc.detect.image import count_mitoses, find_mitoses, look_over
+from dasc.data.datasets import Dataset, drop_outside, read_as_asked
+from dasc.data.regions import find_roi
+from dasc.data.resolutions import asked_um_per_px
+from dasc.detect.image import count_mitoses, find_mitoses, look_over, warnings_of
+from dasc.detect.labels import check_labels, check_size
 from dasc.errors import InputError, WriteError
-from dasc.files import file_name, write_csv, write_json
-from dasc.images.read import choose_resolution, find_images
+from dasc.files import file_name, write_csv, write_json, writing
+from dasc.images.find import list_images
+from dasc.images.parts import content_sha256
+from dasc.images.resolution import choose_resolution
 from dasc.images.slides import Slide, open_slide
 from dasc.judge.calibration import resolve_threshold
 from dasc.judge.metrics import RADIUS_UM, average_precision, choose_threshold, evaluate, fields_in_um, plateau_threshold
 from dasc.model.checkpoint import Detector, load_detector
-from dasc.report.export import write_counts, write_detections, write_geojson, write_mitotic_figures
+from dasc.report.export import half_sides, write_counts, write_detections, write_geojson, write_mitotic_figures
 from dasc.report.page import report_entry, write_report
 from dasc.report.plots import overlay, precision_recall, write_png
-from dasc.run import pick_device, record_run, run_script
+from dasc.report.viewers import write_asap, write_coco, write_regions
+from dasc.run import STARTED, pick_device, record_run, run_script
+
+OTHER_METRICS = (
+    "these are of points; a leaderboard's average precision (of boxes, or over several distances) is another quantity"
+)
+
+SQUARE_UM = 32.0  # side of an annotation for QuPath: the figure and its neighbours, as in the report
 
 
 class Found(NamedTuple):
@@ -80,11 +103,11 @@ class Found(NamedTuple):
 
 def main(args) -> int:
     model_path, out = Path(args.model_path), Path(args.out)
-    fields, annotations, corrections = dataset_fields(args) if args.dataset else (*image_fields(args.images), {})
+    fields, annotations, skipped, corrections = fields_to_scan(args, out)
     detector = as_asked(load_detector(model_path, pick_device(args.device)), model_path, args)
     threshold = resolve_threshold(args.threshold, detector.threshold, detector.val_curve, model_path)
     smallest = min(args.smallest, threshold)
-    found, skipped = [], {}
+    found = []
     for field in tqdm(list(fields.itertuples()), desc="images", unit="image"):
         truth = None if annotations is None else annotations[annotations["image"] == field.image]
         try:
@@ -94,19 +117,22 @@ def main(args) -> int:
         except InputError as error:
             skipped[field.image] = str(error)
             tqdm.write(f"skipped {field.image}: {error}", file=sys.stderr)
+    for name in skipped:
+        remove_outputs(image_folder(out, name), args.resume)
     if not found:
-        raise InputError(f"none of the {len(fields)} images could be read; the first: {next(iter(skipped.values()))}")
+        raise InputError(f"none of the {len(skipped)} images could be read; the first: {next(iter(skipped.values()))}")
 
     detections = pd.concat([one.detections for one in found], ignore_index=True)
     counts = pd.DataFrame([one.counts for one in found]).assign(model_sha256=detector.sha256)
     write_detections(out / "detections.csv", detections[detections["probability"] >= smallest])
     write_counts(out / "counts.csv", counts)
+    write_coco(out / "detections.coco.json", detections[detections["probability"] >= smallest], counts, args.export)
     truth = None if annotations is None else pd.concat([one.truth for one in found])
     judged = judge(out, truth, detections, counts, threshold, args)
     run = record_run(
         out,
         args,
-        inputs={model_path: 1, args.data_root or "images": len(fields)},
+        inputs={model_path: 1, args.data_root or "images": len(found) + len(skipped)},
         device=next(detector.network.parameters()).device,
         model_sha256=detector.sha256,
         threshold=threshold,
@@ -114,11 +140,9 @@ def main(args) -> int:
         corrections=corrections,
     )
     if args.report:
-        calibration = (
-            f"probabilities {'' if detector.calibration.fitted else 'not '}calibrated on the validation fields"
-        )
+        calibration = f"probabilities {'' if detector.calibration.fitted else 'not '}calibrated on validation"
         entries = [one.entry for one in found]
-        write_report(out / "report.html", entries, skipped, threshold, calibration, run)
+        write_report(out / "report.html", entries, skipped, judged, threshold, calibration, run)
     print("\n".join([summary(counts, skipped), *judged]))
     print(f"detections, tables and report.html are in {out}; {len(skipped)} images skipped")
     return 1 if skipped else 0
@@ -141,9 +165,17 @@ def as_asked(detector: Detector, path: Path, args) -> Detector:
 
 def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold: float, smallest: float, args) -> Found:
     """Scan one image and write what is written per image, in a folder of the image's name."""
-    folder = Path(args.out) / file_name(field.image, safe=" ")
+    folder = image_folder(Path(args.out), field.image)
     with open_slide(Path(field.file)) as slide:
-        um_per_px, source = choose_resolution(slide.path, args.um_per_px, field.um_per_px, lambda: slide.um_per_px)
+        if truth is not None and args.check_labels:
+            check_size(field, slide.width, slide.height)
+        um_per_px, source, note = choose_resolution(
+            slide.path, slide.stated, field.um_per_px, field.asked_um_per_px, args.insist_um_per_px
+        )
+        if note:
+            tqdm.write(f"{field.image}: {note}", file=sys.stderr)
+        roi = find_roi(Path(args.roi), args.roi_class, slide) if args.roi else None
+        image_sha256 = content_sha256(slide.path)
         overview, tissue = look_over(slide, um_per_px, args.whole_px, args.workers)
         detections = find_mitoses(
             detector,
@@ -151,11 +183,13 @@ def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold:
             um_per_px,
             tissue,
             folder / "scan.json",
+            image_sha256,
             batch_size=args.batch_size,
             # Judged is everything: in another laboratory the best threshold can lie below what is worth writing.
             smallest=smallest if truth is None else 0.0,
             workers=args.workers,
             resume=args.resume,
+            roi=roi,
         )
         detections = detections.assign(
             image=field.image,
@@ -163,12 +197,15 @@ def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold:
             y_um=detections["y_px"] * um_per_px,
             mitosis=detections["probability"] >= threshold,
         )
-        facts, hotspot = count_mitoses(slide, field.image, detections, um_per_px, source, tissue)
+        facts, hotspot = count_mitoses(slide, field.image, detections, um_per_px, source, tissue, overview, roi)
+        facts |= {"um_per_px_note": note, "image_sha256": image_sha256}
         if truth is not None:
             truth, outside = drop_outside(truth, slide.width, slide.height)
             if outside:
                 tqdm.write(f"{field.image}: {outside} annotations outside the field dropped", file=sys.stderr)
+            truth = truth[roi.at(truth[["x_px", "y_px"]].to_numpy())] if roi else truth
         written = detections[detections["probability"] >= smallest]
+        write_regions(folder / "regions.geojson", slide, hotspot, tissue, roi)
         write_image(folder, slide, written, um_per_px, threshold, smallest, tissue, truth, args)
         entry = None
         if args.report:
@@ -201,6 +238,7 @@ def judge(
             write_csv(out / "curve.csv", curve.round(6))
             precision_recall(out / "curve.png", curve, threshold)
             stale -= {"curve.csv", "curve.png"}
+        lines.append(OTHER_METRICS)
         write_json(out / "metrics.json", {**metrics, "model_sha256": counts["model_sha256"].iloc[0]})
         write_csv(out / "metrics_per_field.csv", per_field)
         stale -= {"metrics.json", "metrics_per_field.csv"}
@@ -209,32 +247,97 @@ def judge(
     return lines
 
 
-def image_fields(paths: list[str]) -> tuple[pd.DataFrame, None]:
-    """One row per image: image (its name; its path where a name stands twice), file, um_per_px (unknown)."""
-    files = find_images([Path(path) for path in paths])
-    names = pd.Series([file.name for file in files])
-    names = names.where(~names.duplicated(keep=False), [file.as_posix() for file in files])
-    return pd.DataFrame({"image": names, "file": files, "um_per_px": float("nan")}), None
+def check_flags(args) -> None:
+    """Raise InputError where a flag would have no effect."""
+    of_a_dataset = {"data_root": DATA_ROOT, "split": SPLIT, "val": VAL, "test": TEST, "match": MATCH}
+    for name, default in of_a_dataset.items():
+        if not args.dataset and (value := getattr(args, name)) and (value != default or name == "data_root"):
+            raise InputError(f"--{name} {value}: has no effect without --dataset; name the form of the dataset with it")
+    if args.roi_class and not args.roi:
+        raise InputError(f"--roi_class {' '.join(args.roi_class)}: has no effect without --roi FOLDER; give both")
+    if args.dataset and args.images != IMAGES:
+        raise InputError("--images: has no effect with --dataset, whose fields are read; leave out one of the two")
 
 
-def dataset_fields(args) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int]]:
-    """The fields of one split, the mitoses of the dataset and what readers are unsure of, and what was corrected."""
-    dataset = read_dataset(
-        args.dataset, Path(args.data_root), parse_cases(args.val) or None, parse_cases(args.test) or None
-    )
+def fields_to_scan(args, out: Path) -> tuple[pd.DataFrame, pd.DataFrame | None, dict[str, str], dict[str, int]]:
+    """The images to scan, the mitoses annotated in them if they are a dataset's, those skipped beforehand, corrections.
+
+    The first: image, file, um_per_px (of the dataset's table) and asked_um_per_px (of --um_per_px), NaN where unknown.
+    """
+    check_flags(args)
+    dataset, skipped, corrections = None, {}, {}
+    if args.dataset:
+        dataset, fields, mitoses, corrections = dataset_fields(args)
+    else:
+        fields, skipped = image_fields(args.images, out)
+    for name in fields["image"]:
+        if (folder := image_folder(out, name)).is_file():  # --out is where the images lie
+            raise InputError(f"{folder}: a file, where the results of {name} belong; name another --out")
+    asked = asked_um_per_px(args.um_per_px, fields["image"], list(map(str, fields["file"])), args.insist_um_per_px)
+    fields = fields.assign(asked_um_per_px=asked)
+    if dataset is None:
+        return fields, None, skipped, corrections
+    if args.check_labels:
+        check_labels(fields, mitoses, dataset.root, args.insist_um_per_px)
+    return fields, mitoses, skipped, corrections
+
+
+def image_fields(paths: list[str], out: Path) -> tuple[pd.DataFrame, dict[str, str]]:
+    """One row per image: image (its name; its path where a name stands twice), file, um_per_px (unknown).
+
+    The last: the images among `paths` that cannot be read here, by name, with the reason. Says what is left out.
+    """
+    listing = list_images([Path(path) for path in paths], out)
+    files = [*listing.images, *listing.skipped]
+    names = pd.Series([file.name for file in files], dtype=object)
+    names = names.where(~names.duplicated(keep=False), [file.as_posix() for file in files]).tolist()
+    skipped = dict(zip(names[len(listing.images) :], listing.skipped.values(), strict=True))
+    for name, why in skipped.items():
+        print(f"skipped {name}: {why}", file=sys.stderr)
+    if listing.words():
+        print(f"left out of the folders: {listing.words()}")
+    fields = {"image": names[: len(listing.images)], "file": listing.images, "um_per_px": float("nan")}
+    return pd.DataFrame(fields), skipped
+
+
+def image_folder(out: Path, image: str) -> Path:
+    """The folder of an image's own files."""
+    return out / file_name(image, safe=" ")
+
+
+def remove_outputs(folder: Path, resume: bool) -> None:
+    """Remove what an earlier run wrote of an image that is skipped; its scan too, unless --resume may go on with it."""
+    scan = folder / "scan.json"
+    with writing(folder):
+        for name in ("detections.geojson", "mitotic-figures.json", "overlay.png", "tissue.png"):
+            (folder / name).unlink(missing_ok=True)
+        if not resume and scan.is_file() and scan.stat().st_mtime < STARTED:  # what this run began may be gone on with
+            scan.unlink()
+
+
+def dataset_fields(args) -> tuple[Dataset, pd.DataFrame, pd.DataFrame, dict[str, int]]:
+    """The dataset, the fields of one split, the mitoses of the dataset and what readers are unsure of, corrections."""
+    dataset, corrections = correct_dataset(read_as_asked(args), args.corrections)
     fields = dataset.fields[dataset.fields["split"] == args.split]
     if fields.empty:
         raise InputError(f"{args.data_root}: no field in split {args.split}; see --val and --test")
-    dataset, corrections = correct_dataset(dataset, args.corrections)
     annotations = dataset.annotations[dataset.annotations["label"].isin([1, UNSURE])]
-    return fields.assign(file=[dataset.root / path for path in fields["path"]]), annotations, corrections
+    if not annotations.loc[annotations["label"] == 1, "image"].isin(fields["image"]).any():
+        raise InputError(
+            f"{args.data_root}: no mitosis is annotated in the {len(fields)} fields of split {args.split}, so nothing "
+            f"can be judged; looked for {dataset.looked_for}; see --split, --val and --test"
+        )
+    return dataset, fields.assign(file=[dataset.root / path for path in fields["path"]]), annotations, corrections
 
 
 def write_image(
     folder: Path, slide: Slide, detections: pd.DataFrame, um_per_px, threshold, smallest, tissue, truth, args
 ) -> None:
     """Everything that is written per image, in a folder of the image's name."""
-    write_geojson(folder / "detections.geojson", detections, slide.origin_px)
+    halves = half_sides(detections, slide.width, slide.height, um_per_px, SQUARE_UM)
+    halves = halves if args.qupath == "annotations" else None
+    write_geojson(folder / "detections.geojson", detections, slide.origin_px, halves)
+    write_asap(folder / "detections.xml", detections, args.export)
     try:
         write_mitotic_figures(folder / "mitotic-figures.json", detections, um_per_px, threshold, smallest)
     except InputError as error:  # the format ends at 10 mm; the other files hold all
@@ -249,10 +352,15 @@ def write_image(
 
 
 def summary(counts: pd.DataFrame, skipped: dict[str, str]) -> str:
-    """The table printed at the end: a line per image, those skipped with the reason."""
-    shown = counts[["image", "mitoses", "area_mm2", "mitoses_per_mm2", "hotspot_mitoses", "hotspot_mm2", "hotspot_of"]]
-    lines = [shown.round(2).to_string(index=False), *(f"{name}: skipped: {why}" for name, why in skipped.items())]
-    lines.append(f"{counts['mitoses'].sum()} mitoses in {len(counts)} images, {counts['area_mm2'].sum():.2f} mm2")
+    """The table printed at the end: a line per image, those skipped with the reason, and the notes on images."""
+    columns = ["image", "mitoses", "mitoses_low", "mitoses_high", "tissue_mm2", "mitoses_per_mm2"]
+    shown = counts[[*columns, "hotspot_mitoses", "hotspot_mm2", "hotspot_of", "stain"]]
+    lines = [shown.round(2).to_string(index=False, na_rep="-")]
+    lines += [f"{name}: skipped: {why}" for name, why in skipped.items()]
+    lines += [f"{row['image']}: {note}" for row in counts.to_dict("records") for note in warnings_of(row)]
+    lines.append(
+        f"{counts['mitoses'].sum()} mitoses in {len(counts)} images, {counts['tissue_mm2'].sum():.2f} mm2 of tissue"
+    )
     return "\n".join(lines)
 
 

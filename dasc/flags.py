@@ -10,6 +10,7 @@ import ast
 import builtins
 import io
 import math
+import sys
 import tokenize
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ Amount = Annotated[float, Range("a number of 0 or more", 0)]
 Positive = Annotated[float, Range("a number above 0", 0, above=True)]
 Share = Annotated[float, Range("a number from 0 to 1", 0, 1)]
 SomeShare = Annotated[float, Range("a number above 0, to 1", 0, 1, above=True)]
+NumberOrTable = Annotated[str, Range("a number of 0 or more, or a CSV file", 0)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Layout = Literal["sample", "midog", "mitos14", "tupac16", "tupac16_al", "table"]  # of a dataset: data/readers.py
 
@@ -63,6 +65,10 @@ def read_flags(script: dict[str, Any], argv: Sequence[str] | None = None) -> arg
     script: the script's globals(). argv: the flags; None: those of the command line.
     """
     parser = build_parser(script)
+    given = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")]
+    for flag in given:
+        if given.count(flag) > 1:  # argparse would take the last one and not say so
+            parser.error(f"{flag} is given {given.count(flag)} times; give it once, with all that belongs to it")
     args, unknown = parser.parse_known_args(argv)
     for flag in unknown:
         name = flag.partition("=")[0].removeprefix("--")
@@ -129,9 +135,11 @@ def options(kind: Any) -> dict[str, Any]:
     if get_origin(kind) is Literal:
         return {"choices": get_args(kind), "type": type(get_args(kind)[0])}
     if get_origin(kind) is list:
-        return {"nargs": "+", "type": get_args(kind)[0]}
+        return {"nargs": "+", **options(get_args(kind)[0])}
     if get_origin(kind) is Annotated:
         number, limits = get_args(kind)
+        if number is str:
+            return {"type": number_or_path(limits), "metavar": "X|FILE"}
         return {"type": number_in(number, limits), "metavar": "N" if number is int else "X"}
     return {"type": number_in(kind, Range("a number"))} if kind in (int, float) else {"type": kind}
 
@@ -155,5 +163,19 @@ def number_in(kind: type, limits: Range) -> Callable[[str], float]:
         if not (math.isfinite(number) and low and number <= limits.high):
             raise argparse.ArgumentTypeError(f"expected {limits.words}, found {text!r}")
         return number
+
+    return read
+
+
+def number_or_path(limits: Range) -> Callable[[str], str]:
+    """Argparse type for a text that names a file, or is a number within limits."""
+
+    def read(text: str) -> str:
+        try:
+            float(text)
+        except ValueError:
+            return text
+        number_in(float, limits)(text)
+        return text
 
     return read

@@ -36,6 +36,7 @@ PACKAGES = (  # whatever reads pixels, computes or draws
     "openslide-python",
     "openslide-bin",
     "matplotlib",
+    "shapely",
 )
 
 

@@ -7,10 +7,11 @@ All patches show the same width of tissue; every coordinate stays in the field's
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dasc.flags import Amount, Count, Device, Layout, Natural, Positive, Share, read_flags
+from dasc.flags import Amount, Count, Device, Layout, Natural, NumberOrTable, Positive, Share, read_flags
 
 # Edit here, or override one run with the flag of the same name.
 DATASET: Layout = "sample"  # form of the dataset
@@ -18,7 +19,13 @@ DATA_ROOT = "data/sample"  # folder of the dataset
 OUT = ""  # folder to write; empty: data/patches, or data/patches_ns with --fp_mdoel True
 VAL = ""  # cases or ids for validation, A,B; empty: the dataset's own (the paper's) split
 TEST = ""  # cases or ids for the test
-UM_PER_PX: Amount = 0.0  # resolution of the fields in um/px; 0: as the dataset or the file states it
+UNLABELLED = ""  # images that carry no labels, A,B or 355-405; they are left out
+EMPTY = ""  # images in which there is nothing to annotate, where nothing else says so
+CONTESTED: Literal["refuse", "drop"] = "refuse"  # a nucleus with both labels: refuse, or drop its annotations
+CHECK_LABELS = True  # refuse labels that do not lie at nuclei, and sizes of images other than the labels state; False:
+# believe them
+UM_PER_PX: NumberOrTable = ""  # um/px of the fields that state none: a number, or a CSV image,um_per_px
+INSIST_UM_PER_PX = False  # True: UM_PER_PX counts for fields that state another resolution, too
 PATCH_SIZE: Count = 80  # side of a patch in px
 PATCH_UM_PER_PX: Positive = 0.25  # resolution of the patches: 80 px show 20 um
 NORMALISE_STAIN = True  # bring every field to one mean and spread of stain before patches are cut
@@ -59,32 +66,33 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.spatial import cKDTree
 from tqdm import tqdm
 
 from dasc.data.corrections import UNSURE, correct_dataset
-from dasc.data.datasets import Dataset, drop_outside, read_dataset
-from dasc.data.patches import PatchCutter, write_patch
-from dasc.data.splits import parse_cases
+from dasc.data.datasets import Dataset, drop_outside, read_as_asked
+from dasc.data.patches import CutPatch, PatchCutter, at_point, away_from, negatives, shifted, write_patch
+from dasc.data.resolutions import asked_um_per_px
 from dasc.data.tables import ANNOTATIONS, FIELDS, LABELS, PATCHES, SPLITS, Cut, write_cut, write_table
 from dasc.detect.candidates import find_candidates
 from dasc.detect.field import score_points
+from dasc.detect.labels import check_labels, check_size
 from dasc.errors import InputError, WriteError
 from dasc.files import check_replaceable, file_name, put_in_place, sha256, write_csv, write_json, writing
-from dasc.images.read import read_field, resolution
+from dasc.images.read import read_field
+from dasc.images.resolution import choose_resolution, read_stated
 from dasc.images.stain import normalise_stain
 from dasc.model.checkpoint import Detector, load_detector
 from dasc.run import pick_device, record_run, run_script
 
+RESOLUTION = ("um_per_px", "um_per_px_source", "um_per_px_note")  # of a field: the number, where from, what contradicts
 # No patch depends on these: where things lie (hashes decide), and how fast they are read and scored.
-PASSING = ("out", "data_root", "model_path", "device", "batch_size", "workers", "resume")
+PASSING = ("out", "data_root", "model_path", "device", "batch_size", "workers", "check_labels", "resume")
 
 
 def main(args) -> int:
-    dataset = read_dataset(
-        args.dataset, Path(args.data_root), parse_cases(args.val) or None, parse_cases(args.test) or None
-    )
-    dataset, corrections = correct_dataset(dataset, args.corrections)
+    dataset, corrections = correct_dataset(read_as_asked(args), args.corrections)
+    asked = asked_um_per_px(args.um_per_px, dataset.fields["image"], dataset.fields["path"], args.insist_um_per_px)
+    dataset.fields["asked_um_per_px"] = asked
     fields = dataset.fields[dataset.fields["split"].isin(SPLITS)].reset_index(drop=True)
     network = device = None
     if args.fp_mdoel:
@@ -93,16 +101,14 @@ def main(args) -> int:
         check_model(detector, args)
         network = detector.network
     out = out_folder(args)
+    known = what_is_known(dataset, fields, args)
     partial = start(out, args, dataset)
-
-    annotations = dict(tuple(dataset.annotations.groupby("image")))
-    none = dataset.annotations[:0]
     turn = threading.Lock()
     skipped = {}
 
     def cut(field) -> None:
         try:
-            cut_field(field, annotations.get(field.image, none), dataset.root, partial, args, network, turn)
+            cut_field(field, known[field.image], dataset.root, partial, args, network, turn)
         except WriteError:  # a full disk: every field after this one would fail too
             raise
         except InputError as error:
@@ -136,6 +142,33 @@ def check_model(detector: Detector, args) -> None:
             raise InputError(f"{args.model_path}: trained at {name} {trained}, these patches have {value}")
 
 
+class Known(NamedTuple):
+    """Of a field before it is cut: annotations, those with both labels, points_px (N, 2) of candidates if searched."""
+
+    annotations: pd.DataFrame
+    contested: pd.DataFrame
+    candidates: np.ndarray | None
+
+
+def what_is_known(dataset: Dataset, fields: pd.DataFrame, args) -> dict[str, Known]:
+    """What is known of every field; raises InputError where the labels do not lie at nuclei."""
+    candidates = {}
+    if args.check_labels:
+        mitoses = dataset.annotations[dataset.annotations["label"] == 1]
+        with ThreadPoolExecutor(args.workers) as pool:
+            share, candidates = check_labels(
+                fields, mitoses, dataset.root, args.insist_um_per_px, args.per_mm2, each=pool.map
+            )
+        if share == share:  # no number where mitoses are too few, which is said
+            print(f"labels looked at in {len(candidates)} fields: {share:.0%} of the mitoses lie at a nucleus")
+    annotations, contested = (dict(tuple(table.groupby("image"))) for table in (dataset.annotations, dataset.contested))
+    none = dataset.annotations[:0]
+    return {
+        image: Known(annotations.get(image, none), contested.get(image, none), candidates.get(image))
+        for image in fields["image"]
+    }
+
+
 def start(out: Path, args, dataset: Dataset) -> Path:
     """The folder to work in, beside `out`, which it replaces at the end: a killed run leaves `out` as it was.
 
@@ -144,7 +177,7 @@ def start(out: Path, args, dataset: Dataset) -> Path:
     check_replaceable(out, "patches.csv")
     partial = out.with_name(out.name + ".partial")
     settings = {key: str(value) for key, value in vars(args).items() if key not in PASSING}
-    tables = repr([table.to_dict("records") for table in (dataset.fields, dataset.annotations)])
+    tables = repr([table.to_dict("records") for table in (dataset.fields, dataset.annotations, dataset.contested)])
     settings["annotations"] = hashlib.sha256(tables.encode()).hexdigest()
     settings["model"] = sha256(Path(args.model_path)) if args.fp_mdoel else None
     note = partial / "settings.json"
@@ -173,29 +206,21 @@ def check_settings(note: Path, settings: dict[str, str | None]) -> None:
             )
 
 
-class CutPatch(NamedTuple):
-    """One patch to write: centre in the field, annotated point in the patch (NaN without one), uint8 (3, S, S)."""
-
-    label: int
-    origin: str
-    centre: np.ndarray
-    point: np.ndarray
-    score: float
-    patch: np.ndarray
-
-
-NO_POINT = np.full(2, np.nan)
-
-
-def cut_field(field, annotations: pd.DataFrame, root: Path, partial: Path, args, network, turn) -> None:
+def cut_field(field, known: Known, root: Path, partial: Path, args, network, turn) -> None:
     """Cut one field into `partial`; its record is written last and stands for a whole field."""
     record = partial / "fields" / f"{file_name(field.image)}.json"
     if record.is_file():
         return
     path = root / field.path
     image = read_field(path)
-    um_per_px, source = resolution(path, args.um_per_px, field.um_per_px)
-    annotations, outside = drop_outside(annotations, image.shape[1], image.shape[0])
+    if args.check_labels:
+        check_size(field, image.shape[1], image.shape[0])
+    um_per_px, source, note = choose_resolution(
+        path, read_stated(path), field.um_per_px, field.asked_um_per_px, args.insist_um_per_px
+    )
+    if note:
+        tqdm.write(f"{field.image}: {note}", file=sys.stderr)
+    annotations, outside = drop_outside(known.annotations, image.shape[1], image.shape[0])
     if outside:
         tqdm.write(f"{field.image}: {outside} annotations outside the field dropped", file=sys.stderr)
     mitoses = annotations.loc[annotations["label"] == 1, ["x_px", "y_px"]].to_numpy(float)
@@ -211,8 +236,11 @@ def cut_field(field, annotations: pd.DataFrame, root: Path, partial: Path, args,
     wanted = round(args.random_per_positive * len(cuts)) if field.split == "train" else args.random_per_field
     cuts += [at_point(cutter, 0, "hard_negative", point) for point in hard_negatives]
 
-    points_px, _ = find_candidates(image, um_per_px, args.per_mm2)
-    points_px = points_px[away_from(points_px, mitoses, args.exclude_um / um_per_px)]
+    points_px = known.candidates
+    if points_px is None:
+        points_px, _ = find_candidates(image, um_per_px, args.per_mm2)
+    for others in (mitoses, known.contested[["x_px", "y_px"]].to_numpy(float)):
+        points_px = points_px[away_from(points_px, others, args.exclude_um / um_per_px)]
     points_px = points_px[away_from(points_px, hard_negatives, args.same_um / um_per_px)]
     unsure = annotations.loc[annotations["label"] == UNSURE, ["x_px", "y_px"]].to_numpy(float)
     points_px = points_px[away_from(points_px, unsure, args.same_um / um_per_px)]
@@ -229,41 +257,12 @@ def cut_field(field, annotations: pd.DataFrame, root: Path, partial: Path, args,
     content = {
         "um_per_px": um_per_px,
         "um_per_px_source": source,
+        "um_per_px_note": note,
         "annotations": annotations[list(ANNOTATIONS)].to_dict("records"),
         "outside": outside,
         "patches": rows,
     }
     write_json(record, content)
-
-
-def at_point(cutter: PatchCutter, label: int, origin: str, point: np.ndarray) -> CutPatch:
-    return CutPatch(label, origin, point, cutter.place(point, point), np.nan, cutter.cut(point[None])[0])
-
-
-def shifted(cutter: PatchCutter, mitosis: np.ndarray, shape: tuple, args, rng: np.random.Generator) -> CutPatch:
-    """A copy of a mitosis, moved and mostly turned."""
-    move = rng.uniform(-1, 1, size=2) * args.shift_share * args.patch_size / cutter.scale
-    angle = rng.choice([-1, 1]) * rng.uniform(60, 180) if rng.random() < args.turn_probability else 0.0
-    centre = np.clip(mitosis + move, 0, np.array([shape[1], shape[0]]) - 1)
-    patch = cutter.cut_turned(centre, angle)
-    return CutPatch(1, "shifted", centre, cutter.place(mitosis, centre, angle), np.nan, patch)
-
-
-def negatives(
-    cutter: PatchCutter, points_px: np.ndarray, origin: str, scores: np.ndarray | None = None
-) -> list[CutPatch]:
-    scores = np.full(len(points_px), np.nan) if scores is None else scores
-    patches = cutter.cut(points_px)
-    return [
-        CutPatch(0, origin, *cut) for cut in zip(points_px, [NO_POINT] * len(patches), scores, patches, strict=True)
-    ]
-
-
-def away_from(points_px: np.ndarray, others_px: np.ndarray, radius_px: float) -> np.ndarray:
-    """Which points lie farther than the radius from every other point: bool (N,)."""
-    if not len(others_px) or not len(points_px):
-        return np.ones(len(points_px), dtype=bool)
-    return cKDTree(others_px).query(points_px)[0] > radius_px
 
 
 def write_one(cut: CutPatch, number: int, field, partial: Path) -> dict:
@@ -288,7 +287,7 @@ def finish(
     patches = pd.DataFrame([row for record in records for row in record["patches"]], columns=list(PATCHES))
     annotations = [row for record in records for row in record["annotations"]]
     write_table(partial / "patches.csv", patches, PATCHES)
-    resolutions = {name: [record[name] for record in records] for name in ("um_per_px", "um_per_px_source")}
+    resolutions = {name: [record[name] for record in records] for name in RESOLUTION}
     write_csv(partial / "fields.csv", fields[list(FIELDS)].assign(**resolutions))
     write_table(partial / "annotations.csv", pd.DataFrame(annotations, columns=list(ANNOTATIONS)), ANNOTATIONS)
     data_root = str(root.resolve())

@@ -43,6 +43,8 @@ from fuzz_inputs import (
     checkpoints,
     cut_folders,
     difficulty_tables,
+    foreign_annotations,
+    geojsons,
     midogs,
     mitos14s,
     pictures,
@@ -56,13 +58,17 @@ from fuzz_inputs import (
 
 import dasc.images.slides
 import dasc.report.plots  # here, since matplotlib makes folders of its own before the child is watched
+from dasc.data.annotations import find_annotations, read_annotations
 from dasc.data.datasets import read_dataset
 from dasc.data.patches import load_patches
+from dasc.data.shapes import areas_of, places
 from dasc.data.tables import read_checked, read_cut_fields, read_hard, read_memory, read_patches, read_scl
 from dasc.detect.image import look_over
 from dasc.detect.resume import SavedScan
 from dasc.errors import InputError
-from dasc.images.read import find_images, read_field, read_um_per_px
+from dasc.images.find import find_images
+from dasc.images.read import read_field
+from dasc.images.resolution import read_um_per_px
 from dasc.model.checkpoint import load_initial_weights
 from dasc.model.network import CamNetwork
 from dasc.weak.pool import read_pool
@@ -169,6 +175,17 @@ def tables_of_difficulty(folder: Path) -> None:
         raise refused
 
 
+def annotations(folder: Path) -> None:
+    """Whatever is done with the objects of an annotation file."""
+    for path in find_annotations([folder]):
+        for source in read_annotations(path):
+            for shape in source.shapes:
+                geometry = source.in_px(shape, 0.25, (3, 4))
+                assert np.isfinite(places(geometry)).all()
+                area = areas_of(geometry)
+                assert area is None or area.area > 0
+
+
 def image(folder: Path) -> None:
     for path in find_images([folder]):
         read_one(path)
@@ -176,6 +193,8 @@ def image(folder: Path) -> None:
 
 KINDS = {
     "MIDOG JSON": Kind(midogs, only("MIDOG.json"), change_json, dataset("midog", "002")),
+    "QuPath GeoJSON": Kind(geojsons, only("a.geojson"), change_json, annotations),
+    "annotations, XML and tables": Kind(foreign_annotations, only("a.txt"), change_text, annotations),
     "MITOS14 CSV": Kind(mitos14s, ending(".csv"), change_text, dataset("mitos14", "A04")),
     "TUPAC16 CSV": Kind(tupac16s, ending(".csv"), change_text, dataset("tupac16", "02")),
     "table CSV": Kind(tables, ending(".csv"), change_text, dataset("table")),

@@ -272,6 +272,37 @@ def midogs() -> list[Files]:
     return [{"MIDOG.json": json.dumps(content).encode(), **pictures}]
 
 
+def geojsons() -> list[Files]:
+    """Objects as QuPath writes them, of every kind of geometry."""
+    ring = [[4.5, 4.5], [20.5, 4.5], [20.5, 20.5], [4.5, 4.5]]
+    spot, spots = {"type": "Point", "coordinates": [9, 9]}, {"type": "MultiPoint", "coordinates": [[9, 9], [12, 9]]}
+    whole = {"type": "Polygon", "coordinates": [ring, [[8, 6], [12, 6], [12, 9], [8, 6]]]}
+    several = {"type": "MultiPolygon", "coordinates": [[ring], [[[30, 30], [40, 30], [40, 40], [30, 30]]]]}
+    line = {"type": "LineString", "coordinates": [[1, 1], [5, 9]]}
+    kinds = [{"name": "Mitosis", "color": [1, 2, 3]}, {"names": ["Tumor", "Positive"]}, "Mitosis", None]
+    features = []
+    for number, geometry in enumerate([spot, spots, whole, several, line]):
+        properties = {"objectType": "annotation", "classification": kinds[number % 4], "measurements": {"a": 0.5}}
+        features.append({"type": "Feature", "id": str(number), "geometry": geometry, "properties": properties})
+    features[2]["nucleusGeometry"] = whole
+    features[3]["properties"]["childObjects"] = features[:2]
+    collection = {"type": "FeatureCollection", "features": features}
+    return [{"a.geojson": json.dumps(content).encode()} for content in (collection, features, features[0])]
+
+
+def foreign_annotations() -> list[Files]:
+    """Annotations of the other programs, as text."""
+    at = '<Coordinate Order="0" X="10.5" Y="20.5" /><Coordinate Order="1" X="30.5" Y="12.5" />'
+    asap = f'<Annotation Name="1" Type="{{}}" PartOfGroup="Mitosis"><Coordinates>{at}</Coordinates></Annotation>'
+    asap = "".join(asap.format(kind) for kind in ("Dot", "PointSet", "Rectangle"))
+    vertices = '<Vertex X="1" Y="2" /><Vertex X="9" Y="2" /><Vertex X="9" Y="8" />'
+    regions = "".join(f'<Region Type="{n}"><Vertices>{vertices}</Vertices></Region>' for n in range(6))
+    table = "Image,Class,Centroid X px,Centroid Y px\na.tif,Mitosis,10.5,20.5\na.tif,,3,4\n"
+    layer = f'<Annotations><Annotation Name="Mitosis"><Regions>{regions}</Regions></Annotation></Annotations>'
+    texts = [f"<ASAP_Annotations><Annotations>{asap}</Annotations></ASAP_Annotations>", layer, table]
+    return [{"a.txt": text.encode()} for text in texts]
+
+
 def mitos14s() -> list[Files]:
     rows, frame = b"10,20,0.9\n30,12,1.0\n", {"A03/frames/x40/A03_00Aa.png": PNG}
     tables = {"A03/mitosis/A03_00Aa_mitosis.csv": rows, "A03/mitosis/A03_00Aa_not_mitosis.csv": b"5,6,0.2\n"}

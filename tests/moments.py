@@ -21,7 +21,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from pipeline import ROOT
+from pipeline import ROOT, last_of_each
 
 import dasc.data.patches
 import dasc.detect.image
@@ -127,7 +127,7 @@ def child(script: str, flags: list[str], log: str, moment: Moment | None, prepar
 
     if prepare:
         prepare()
-    sys.argv = [str(ROOT / script), *flags]
+    sys.argv = [str(ROOT / script), *last_of_each(flags)]
     with watching(happens):
         runpy.run_path(sys.argv[0], run_name="__main__")
 

@@ -48,9 +48,12 @@ class Done(NamedTuple):
 
 
 def call(script: str, *flags: object) -> Done:
-    """Run a script of the project with these flags: exit status, standard output and standard error."""
+    """Run a script of the project with these flags: exit status, standard output and standard error.
+
+    A flag of a test takes the place of the same flag in a list that tests share: no script takes one twice.
+    """
     out, err, status = io.StringIO(), io.StringIO(), 0
-    argv, sys.argv = sys.argv, [str(ROOT / script), *map(str, flags)]
+    argv, sys.argv = sys.argv, [str(ROOT / script), *last_of_each([str(flag) for flag in flags])]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             runpy.run_path(sys.argv[0], run_name="__main__")
@@ -59,6 +62,18 @@ def call(script: str, *flags: object) -> Done:
     finally:
         sys.argv = argv
     return Done(status, out.getvalue(), err.getvalue())
+
+
+def last_of_each(words: list[str]) -> list[str]:
+    """Flags with their values, of each flag the last."""
+    groups: dict[str, list[str]] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            groups[name] = []
+        groups.setdefault(name, []).append(word)
+    return [word for group in groups.values() for word in group]
 
 
 def succeed(script: str, *flags: object) -> Done:

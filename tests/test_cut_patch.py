@@ -118,7 +118,7 @@ def test_no_readable_field_writes_nothing(small_run, tmp_path):
         (["--data_root", "nowhere"], "pre/make_sample.py"),
         (["--val", "77"], "77"),
         (["--fp_mdoel", "--model_path", "nowhere/model.pt"], "NS/sigle.py"),
-        (["--um_per_px", "5"], "0.1-1.0"),
+        (["--um_per_px", "5", "--insist_um_per_px"], "0.1-1.0"),
     ],
 )
 def test_bad_input_is_one_line(small_run, tmp_path, flags, says):

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from dasc.data.datasets import Dataset, drop_outside, read_dataset
@@ -39,7 +40,10 @@ def points(dataset: Dataset, image: str) -> list[tuple[float, float, int]]:
 # MIDOG
 
 
-def midog(root: Path, ids=(1, 2, 3), boxes=(), name: str = "MIDOG.json", folder: str = "images", **image_keys) -> Path:
+ONE_MITOSIS = ((1, 1, [100, 200, 150, 250]),)
+
+
+def midog(root: Path, ids=(1, 2, 3), boxes=ONE_MITOSIS, name="MIDOG.json", folder="images", **image_keys) -> Path:
     images = [
         {"id": i, "file_name": f"{i:03d}.tiff", "width": 7215, "height": 5412}
         | {key: value(i) for key, value in image_keys.items()}
@@ -69,7 +73,9 @@ def test_midog_boxes_are_corners_and_other_categories_are_ignored(tmp_path):
     assert points(dataset, "003") == []
     assert splits(dataset) == {"001": "val", "002": "test", "003": "train"}  # 003 is known to be empty
     assert list(dataset.fields["path"]) == ["images/001.tiff", "images/002.tiff", "images/003.tiff"]
-    assert list(dataset.fields.columns) == ["image", "path", "case", "split", "um_per_px"]
+    columns = ["image", "path", "case", "split", "um_per_px", "width_px", "height_px"]
+    assert list(dataset.fields.columns) == columns
+    assert (dataset.fields["width_px"] == 7215).all() and (dataset.fields["height_px"] == 5412).all()
     assert list(dataset.annotations.columns) == ["image", "x_px", "y_px", "label", "confidence"]
     assert dataset.fields["um_per_px"].isna().all() and dataset.annotations["confidence"].isna().all()
 
@@ -111,6 +117,13 @@ def test_midog21_has_the_split_of_the_paper_and_unlabelled_images(tmp_path):
     fails("midog", tmp_path, "--val 160", "unlabelled", val=["160"])
     explicit = splits(read_dataset("midog", tmp_path, val=["46"]))  # what the user says comes before the default
     assert explicit["046"] == "val" and explicit["041"] == "train" and explicit["047"] == "test"
+
+
+def test_midog22_has_unlabelled_images(tmp_path, caplog):
+    boxes = [(i, 1, [10, 10, 60, 60]) for i in range(1, 355)]
+    split = splits(read_dataset("midog", midog(tmp_path, range(1, 406), boxes)))
+    assert [int(i) for i in split if split[i] == "unlabelled"] == list(range(355, 406))
+    assert "taken for MIDOG 2022" in caplog.text and "51 of 405 images are unlabelled" in caplog.text
 
 
 def test_images_151_to_200_are_labelled_where_one_of_them_is(tmp_path):
@@ -249,7 +262,7 @@ def test_mitos14_frame_twice(tmp_path):
 
 
 def test_csv_without_its_image_is_said(tmp_path, caplog):
-    frame(tmp_path / "A03", "A03_00Aa", "", "")
+    frame(tmp_path / "A03", "A03_00Aa", "5,6,1.0\n", "")
     lost = write(tmp_path / "A03" / "mitosis" / "A03_00Ab_mitosis.csv", "1,2,1.0\n")
     read_dataset("mitos14", tmp_path, val=["A03"], test=[])
     assert str(lost) in caplog.text
@@ -289,7 +302,7 @@ def test_tupac16_alternative_labels(tmp_path):
 def test_tupac16_split_of_the_paper(tmp_path):
     for case in range(1, 74):
         write(tmp_path / f"{case:02d}" / "01.tif")
-    (tmp_path / "mitoses_ground_truth").mkdir()
+    write(tmp_path / "mitoses_ground_truth/01/01.csv", "1,2\n")
     split = splits(read_dataset("tupac16", tmp_path))
     assert [i for i in split if split[i] == "val"] == [f"{i}_01" for i in (30, 37, 44, 51, 58, 65, 72)]
     assert [i for i in split if split[i] == "test"] == [f"{i}_01" for i in (31, 38, 45, 52, 59, 66, 73)]
@@ -317,24 +330,25 @@ def table(root: Path, fields: str, annotations: str = "") -> Path:
 
 def test_table_keeps_its_names_and_its_split(tmp_path):
     fields = "NA,sub/a.png,041,val,\n041,a.png,41,train,0.25\n9,b.png,NA,unlabelled,0.5\n10,c.png,7,test,\n"
-    annotations = "NA,3,4,0\nNA,1.5,2,1\n041,9,9,1.0\n"
+    annotations = "NA,30,4,0\nNA,1.5,2,1\n041,9,9,1.0\n"
     dataset = read_dataset("table", table(tmp_path, fields, annotations))
     assert splits(dataset) == {"041": "train", "10": "test", "9": "unlabelled", "NA": "val"}
     assert list(dataset.fields["case"]) == ["41", "7", "NA", "041"]
     assert dataset.fields["um_per_px"][0] == 0.25 and math.isnan(dataset.fields["um_per_px"][3])
-    assert points(dataset, "NA") == [(3, 4, 0), (1.5, 2, 1)]  # in the order of the file
+    assert points(dataset, "NA") == [(30, 4, 0), (1.5, 2, 1)]  # in the order of the file
     assert points(dataset, "10") == []
 
 
 def test_table_split_is_overridden_by_what_is_asked(tmp_path):
-    root = table(tmp_path, "a,a.png,1,train,\nb,b.png,2,val,\nc,c.png,3,test,\nd,d.png,1,unlabelled,\n")
+    fields = "a,a.png,1,train,\nb,b.png,2,val,\nc,c.png,3,test,\nd,d.png,1,unlabelled,\n"
+    root = table(tmp_path, fields, "a,5,6,1\n")
     assert splits(read_dataset("table", root, val=["1"])) == {"a": "val", "b": "train", "c": "test", "d": "unlabelled"}
     assert list(splits(read_dataset("table", root, val=["3"], test=["1"])).values())[:3] == ["test", "train", "val"]
     assert list(splits(read_dataset("table", root, val=[], test=[])).values())[:3] == ["train"] * 3
 
 
 def test_exact_name_comes_before_the_same_number(tmp_path):
-    root = table(tmp_path, "a,a.png,041,train,\nb,b.png,41,train,\nc,c.png,1-2,train,\n")
+    root = table(tmp_path, "a,a.png,041,train,\nb,b.png,41,train,\nc,c.png,1-2,train,\n", "a,5,6,1\n")
     assert splits(read_dataset("table", root, val=["41"], test=[])) == {"a": "train", "b": "val", "c": "train"}
     assert splits(read_dataset("table", root, val=["1-2"], test=["041"])) == {"a": "test", "b": "train", "c": "val"}
 
@@ -395,10 +409,10 @@ def test_table_with_missing_parts(tmp_path):
 
 
 def test_exact_duplicates_are_dropped_and_counted(tmp_path, caplog):
-    rows = "a,5,6,1\na,1,2,0\na,5.0,6,1\nb,5,6,0\na,1,2,0\n"
+    rows = "a,5,6,1\na,1,20,0\na,5.0,6,1\nb,5,6,0\na,1,20,0\n"
     dataset = read_dataset("table", table(tmp_path, "a,a.png,1,train,\nb,b.png,1,train,\n", rows))
     assert dataset.duplicates == 2 and "2 annotations" in caplog.text
-    assert points(dataset, "a") == [(5, 6, 1), (1, 2, 0)] and points(dataset, "b") == [(5, 6, 0)]
+    assert points(dataset, "a") == [(5, 6, 1), (1, 20, 0)] and points(dataset, "b") == [(5, 6, 0)]
 
 
 def test_annotations_keep_their_order_inside_an_image(tmp_path):
@@ -409,22 +423,21 @@ def test_annotations_keep_their_order_inside_an_image(tmp_path):
 
 
 def test_point_with_both_labels_names_both_files(tmp_path):
-    frame(tmp_path / "A03", "A03_00Aa", "9,9,1\n1,2,1.0\n", "1,2,0.0\n")
+    frame(tmp_path / "A03", "A03_00Aa", "90,9,1\n1,2,1.0\n", "1,2,0.0\n")
     words = ("A03_00Aa_mitosis.csv, line 2", "A03_00Aa_not_mitosis.csv, line 1")
     fails("mitos14", tmp_path, *words, val=["A03"], test=[])
 
 
 def test_annotations_outside_the_image_are_dropped_and_counted(tmp_path):
-    rows = "a,-0.5,0,1\na,-0.6,0,1\na,99.5,49.5,0\na,100,10,1\na,10,50,0\n"
+    rows = "a,-0.5,0,1\na,-0.6,9,1\na,99.5,49.5,0\na,100,10,1\na,10,50,0\n"
     annotations = read_dataset("table", table(tmp_path, "a,a.png,1,train,\n", rows)).annotations
     kept, dropped = drop_outside(annotations, width=100, height=50)
     assert list(kept["x_px"]) == [-0.5, 99.5] and dropped == 3
 
 
-def test_no_annotation_at_all_is_legal(tmp_path):
-    dataset = read_dataset("table", table(tmp_path, "a,a.png,1,train,\n"))
-    assert dataset.annotations.empty and dataset.annotations["x_px"].dtype == float
-    assert drop_outside(dataset.annotations, 10, 10)[1] == 0
+def test_no_annotation_at_all_is_refused_with_where_it_was_looked_for(tmp_path):
+    fails("table", table(tmp_path, "a,a.png,1,train,\n"), "no mitosis", str(tmp_path / "annotations.csv"))
+    assert drop_outside(pd.DataFrame({"x_px": [], "y_px": []}), 10, 10)[1] == 0
 
 
 def test_unknown_names_list_what_there_is(tmp_path):

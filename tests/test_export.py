@@ -3,6 +3,8 @@
 import csv
 import json
 import uuid
+import zipfile
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -127,11 +129,49 @@ def test_geojson_counts_from_where_the_viewer_begins(tmp_path):
 
 def test_counts_keep_their_names_and_digits(tmp_path):
     table = pd.DataFrame(
-        {"image": ["=a", "b"], "um_per_px": [0.22741234, 0.25], "area_mm2": 1.23456789, "x_px": 1.23456}
+        {"image": ["=a", "b"], "um_per_px": [0.22741234, 0.25], "tissue_mm2": 1.23456789, "x_px": 1.23456}
     )
     write_counts(tmp_path / "counts.csv", table)
     read = pd.read_csv(tmp_path / "counts.csv")
     assert read.iloc[0].tolist() == ["'=a", 0.22741234, 1.234568, 1.235]
+
+
+def read_sheet(path):
+    """The cells of a spreadsheet's one sheet: texts as str, numbers as float, empty ones as None; no formula."""
+    space = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
+    with zipfile.ZipFile(path) as file:
+        assert [name for name in file.namelist() if name.startswith("xl/worksheets/")] == ["xl/worksheets/sheet1.xml"]
+        texts = ElementTree.fromstring(file.read("xl/sharedStrings.xml")).findall(f"{space}si")
+        sheet = ElementTree.fromstring(file.read("xl/worksheets/sheet1.xml"))
+    assert sheet.find(f".//{space}pane").get("state") == "frozen" and sheet.find(f".//{space}f") is None
+    assert sheet.find(f".//{space}hyperlink") is None
+    texts = ["".join(text.itertext()) for text in texts]
+    rows = []
+    for row in sheet.iter(f"{space}row"):
+        cells = {}
+        for cell in row:
+            value = cell.find(f"{space}v").text
+            column = 0
+            for letter in cell.get("r").rstrip("0123456789"):
+                column = column * 26 + ord(letter) - ord("A") + 1
+            cells[column - 1] = texts[int(value)] if cell.get("t") == "s" else float(value)
+        rows.append([cells.get(column) for column in range(len(rows[0]) if rows else len(cells))])
+    return rows
+
+
+def test_a_spreadsheet_holds_texts_as_texts_and_numbers_as_numbers(tmp_path):
+    names = ["=1+1", "+a", "-5", "@a", "007", "https://a.b", "{=a}", "mitose \u00e9.png", "\udcffa", ""]
+    table = pd.DataFrame({"image": names, "mitoses": 3, "tissue_mm2": 0.5, "mitoses_per_mm2": np.nan})
+    table.loc[1, "mitoses_per_mm2"] = 6.25
+    write_counts(tmp_path / "counts.csv", table)
+    header, *rows = read_sheet(tmp_path / "counts.xlsx")
+    assert header == list(table)
+    assert [row[0] for row in rows] == [*names[:8], "\\udcffa", None]
+    assert {tuple(row[1:3]) for row in rows} == {(3.0, 0.5)}
+    assert [row[3] for row in rows] == [None, 6.25, *[None] * 8]
+    first = (tmp_path / "counts.xlsx").read_bytes()
+    write_counts(tmp_path / "counts.csv", table)
+    assert (tmp_path / "counts.xlsx").read_bytes() == first
 
 
 def test_geojson_ids_depend_on_image_and_place_alone(tmp_path):

@@ -158,7 +158,14 @@ def test_resolution_is_stated_plausible_or_asked_for(tmp_path):
     write_table(tmp_path, ["stated.tif", "none.tif"], lambda one: [(60, 45)], um_per_px=0.3)
     succeed("pre/cut_patch_2.py", *CUT, "--data_root", tmp_path, "--out", tmp_path / "two")
     assert sources(tmp_path / "two") == {"stated.tif": (0.3, "dataset"), "none.tif": (0.3, "dataset")}
-    succeed("pre/cut_patch_2.py", *CUT, "--data_root", tmp_path, "--um_per_px", 0.5, "--out", tmp_path / "three")
+    half = [*CUT, "--data_root", tmp_path, "--um_per_px", 0.5, "--out", tmp_path / "three"]
+    done = succeed("pre/cut_patch_2.py", *half)  # fills gaps, and here is none
+    assert set(sources(tmp_path / "three").values()) == {(0.3, "dataset")}
+    says = "none.tif: the dataset states 0.3 um/px, which is taken; the flag says 0.5 (--insist_um_per_px takes that)"
+    assert says in done.err
+    notes = pd.read_csv(tmp_path / "three/fields.csv")["um_per_px_note"]
+    assert notes.str.contains("the flag says 0.5").all() and notes.str.contains("the file states 0.25").sum() == 1
+    succeed("pre/cut_patch_2.py", *half, "--insist_um_per_px")
     assert set(sources(tmp_path / "three").values()) == {(0.5, "flag")}
     flags = [*CUT, "--data_root", tmp_path, "--um_per_px", -0.25, "--out", tmp_path / "four"]
     fails("pre/cut_patch_2.py", *flags, says="argument --um_per_px: expected a number of 0 or more")

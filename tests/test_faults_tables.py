@@ -40,11 +40,12 @@ def test_known_to_be_empty_is_not_unlabelled(tmp_path):
         (tmp_path / f"{case}/mitosis").mkdir()
         if empty:
             (tmp_path / f"{case}/mitosis/{case}_00Aa_mitosis.csv").touch()
+    (tmp_path / "A06/mitosis/A06_00Aa_mitosis.csv").write_text("30,30,1.0\n")
     data = ["--dataset", "mitos14", "--data_root", tmp_path, "--val", "A03", "--test", "A04"]
     succeed("pre/cut_patch_2.py", *data, *CUT, "--out", tmp_path / "out")
     fields = pd.read_csv(tmp_path / "out/fields.csv").set_index("image")["split"]
     assert fields.to_dict() == {"A03_00Aa": "val", "A04_00Aa": "test", "A06_00Aa": "train"}
-    assert not len(pd.read_csv(tmp_path / "out/annotations.csv"))
+    assert set(pd.read_csv(tmp_path / "out/annotations.csv")["image"]) == {"A06_00Aa"}
     fails("pre/cut_patch_2.py", *data[:4], "--val", "A05", *CUT, "--out", tmp_path / "no", says="A05: these cases are")
 
 
@@ -69,7 +70,7 @@ def test_empty_and_missing_manifests_are_one_line(small_run, tmp_path, name):
             path,
             "--out",
             tmp_path / "out",
-            says="split train has no negative patch (0 in all)",
+            says="split train has no mitosis patch (0 in all)",
         )
     done = fails("NS/sigle.py", *LIGHT, "--manifest", path, "--out", tmp_path / "out", says=says)
     assert str(path) in done.err and not (tmp_path / "out").exists()
@@ -136,7 +137,8 @@ def test_no_name_makes_a_file_outside_the_output_folder(small_run, tmp_path):
     root, out = tmp_path / "root", tmp_path / "here/out"
     write_image(root / "images/...tiff")
     images = [{"id": 1, "file_name": "...tiff"}, {"id": 2, "file_name": "b.tiff"}]
-    (root / "MIDOG.json").write_text(json.dumps({"images": images, "annotations": []}))
+    marks = [{"image_id": 1, "category_id": 1, "bbox": [10, 10, 60, 60]}]
+    (root / "MIDOG.json").write_text(json.dumps({"images": images, "annotations": marks}))
     data = ["--dataset", "midog", "--data_root", root, "--val", "2", "--test", "1"]
     model = ["--model_path", small_run / "NS/model.pt", "--device", "cpu", "--views", 1, "--report", "False"]
     succeed("predict.py", *model, *data, "--out", out)

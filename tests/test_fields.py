@@ -15,7 +15,9 @@ from PIL import Image, ImageFile
 
 from dasc.errors import InputError
 from dasc.images import read as fields
-from dasc.images.read import find_images, read_field, read_um_per_px
+from dasc.images.find import find_images
+from dasc.images.read import read_field
+from dasc.images.resolution import read_um_per_px
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 WSI = SHARED / "data" / "wsi"

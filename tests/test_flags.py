@@ -11,7 +11,7 @@ from dasc.flags import GONE, Layout, build_parser, get_args, read_flags
 
 SCRIPT = '''"""Says 100 % of what it does."""
 from typing import Literal
-from dasc.flags import Amount, Count, Natural, Positive, Share, SomeShare
+from dasc.flags import Amount, Count, Natural, NumberOrTable, Positive, Share, SomeShare
 # Edit here, or override one run with the flag of the same name.
 PLACE = ""  # folder to write
 NAMES: list[str] = ["a", "b"]  # what to read
@@ -23,6 +23,7 @@ PART: Share = 0.5  # 50 % of it, or
 # more
 SOME: SomeShare = 1.0  # share that stays
 VIEWS: Literal[1, 2, 4, 8] = 8  # turned views
+UM_PER_PX: NumberOrTable = ""  # of all images
 RESUME = False  # go on
 SEED = 0  # of the draws
 
@@ -51,6 +52,7 @@ def test_constants_are_the_defaults(script):
         "part": 0.5,
         "some": 1.0,
         "views": 8,
+        "um_per_px": "",
         "resume": False,
         "seed": 0,
     }
@@ -83,6 +85,8 @@ def test_help_shows_comment_and_default(script):
         (["--resume", "false"], "resume", False),
         (["--names", "x", "y"], "names", ["x", "y"]),
         (["--seed", "-4"], "seed", -4),
+        (["--um_per_px", "0.25"], "um_per_px", "0.25"),
+        (["--um_per_px", "a.csv"], "um_per_px", "a.csv"),
     ],
 )
 def test_flags_are_read(script, flags, name, value):
@@ -105,6 +109,10 @@ def test_flags_are_read(script, flags, name, value):
         (["--views", "3"], "invalid choice: 3"),
         (["--resume", "yes"], "expected True or False, found 'yes'"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (["--epochs", "3", "--seed", "1", "--epochs=4"], "--epochs is given 2 times; give it once"),
+        (["--names", "x", "--names", "y"], "--names is given 2 times; give it once, with all that belongs to it"),
+        (["--um_per_px", "-0.25"], "expected a number of 0 or more, or a CSV file, found '-0.25'"),
+        (["--um_per_px", "nan"], "expected a number of 0 or more, or a CSV file, found 'nan'"),
     ],
 )
 def test_a_wrong_flag_is_refused(script, flags, says, capsys):

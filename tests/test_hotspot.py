@@ -1,8 +1,9 @@
-"""The hotspot holds the most mitoses of all windows, wherever they lie."""
+"""The hotspot holds the most mitoses of all windows, wherever they lie; a count has its interval, and a density."""
 
 import numpy as np
 import pytest
 
+from dasc.judge.density import SMALLEST_MM2, per_mm2, poisson_interval
 from dasc.judge.hotspot import find_hotspot
 
 
@@ -57,3 +58,24 @@ def test_no_mitosis_at_all():
 def test_many_mitoses_are_quick():
     points = np.random.default_rng(0).uniform(0, 60_000, (5000, 2))
     assert find_hotspot(points, 60_000, 60_000, 0.25).mitoses > 30
+
+
+@pytest.mark.parametrize(
+    ("count", "low", "high"),  # exact intervals as tables give them
+    [(0, 0.0, 3.689), (1, 0.0253, 5.572), (5, 1.623, 11.668), (10, 4.795, 18.390), (100, 81.364, 121.627)],
+)
+def test_the_interval_of_a_count_is_the_exact_one(count, low, high):
+    assert poisson_interval(count) == pytest.approx((low, high), abs=1e-3)
+
+
+def test_the_interval_holds_the_truth_at_least_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    for truth in (0.7, 4.0, 23.0):
+        counts, often = np.unique(rng.poisson(truth, 20_000), return_counts=True)
+        held = [low <= truth <= high for low, high in map(poisson_interval, counts.tolist())]
+        assert often[held].sum() / often.sum() > 0.945
+
+
+def test_a_density_needs_an_area():
+    assert per_mm2(3, SMALLEST_MM2) == pytest.approx(3 / SMALLEST_MM2) and per_mm2(0, 2.0) == 0
+    assert np.isnan(per_mm2(3, SMALLEST_MM2 - 1e-6)) and np.isnan(per_mm2(0, 0.0))

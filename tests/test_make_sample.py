@@ -13,7 +13,7 @@ from dasc.data.datasets import read_dataset
 from dasc.detect.candidates import find_candidates
 from dasc.errors import InputError
 from dasc.flags import read_flags
-from dasc.images.read import read_um_per_px
+from dasc.images.resolution import read_um_per_px
 
 SCRIPT = Path(__file__).resolve().parents[1] / "pre" / "make_sample.py"
 SMALL = {"cases": 2, "size_px": 512, "mitoses": 6, "imposters": 8, "label_noise": 0.4}

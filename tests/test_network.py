@@ -48,13 +48,19 @@ def test_errors_name_the_backbone():
         CamNetwork("resnet18", stride=7)
 
 
+@pytest.mark.parametrize("backbone", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mambaout_femto"])
+def test_a_backbone_for_one_size_of_image_is_refused(backbone):
+    """Mambaout gives its maps with the channels last."""
+    with pytest.raises(InputError, match=rf"{backbone}: .* choose a convolutional backbone, such as resnet18"):
+        CamNetwork(backbone)
+
+
 def test_hub_that_does_not_answer(monkeypatch):
     def no_answer(*_, pretrained=False, **__):
         raise OSError("no route to host")
 
-    strides = timm.create_model("resnet10t", features_only=True)
-    answers = iter([strides])
-    monkeypatch.setattr(timm, "create_model", lambda *a, **k: no_answer() if k.get("pretrained") else next(answers))
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: (no_answer if k.get("pretrained") else create)(*a, **k))
     with pytest.raises(InputError, match="--init_weights FILE"):
         CamNetwork("resnet10t", pretrained=True)
 

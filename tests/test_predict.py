@@ -13,6 +13,7 @@ import tifffile
 import torch
 from PIL import Image
 from pipeline import call, fails, succeed
+from test_export import read_sheet
 
 from dasc.data.tables import ValFields, read_cut_fields
 from dasc.detect.val import fit_to_val
@@ -80,7 +81,9 @@ def test_every_output_tells_the_same(judged):
     for row in counts.itertuples():
         mine = detections[detections["image"] == row.image]
         assert row.mitoses == mine["mitosis"].sum() and row.um_per_px_source == "file"
-        assert row.mitoses_per_mm2 == pytest.approx(row.mitoses / row.area_mm2, rel=1e-3)
+        assert row.image_mm2 == pytest.approx(row.width_px * row.height_px * row.um_per_px**2 / 1e6, rel=1e-4)
+        assert 0 < row.tissue_mm2 <= row.image_mm2 < 0.5 and np.isnan(row.mitoses_per_mm2)  # too small for a density
+        assert row.mitoses_low <= row.mitoses <= row.mitoses_high
         assert np.allclose(mine["x_um"], mine["x_px"] * row.um_per_px, atol=0.01)
         folder = out / row.image
         features = json.loads((folder / "detections.geojson").read_text())["features"]
@@ -97,6 +100,30 @@ def test_every_output_names_the_model(small_run, judged):
     for name in ("run.json", "metrics.json", *(path.relative_to(out) for path in out.glob("*/scan.json"))):
         assert model_sha256 in (out / name).read_text(), name
     assert model_sha256 in (out / "report.html").read_text()
+
+
+def test_the_spreadsheet_holds_what_the_table_holds(judged):
+    out, done = judged
+    counts, sheet = pd.read_csv(out / "counts.csv", dtype={"image": str}), read_sheet(out / "counts.xlsx")
+    assert sheet[0] == list(counts.columns) and len(sheet) == 1 + len(counts)
+    for row, cells in zip(counts.itertuples(index=False, name=None), sheet[1:], strict=True):
+        assert [None if pd.isna(value) else value for value in row] == cells
+    assert "leaderboard's average precision" in done.out and "leaderboard" in (out / "report.html").read_text()
+
+
+def test_a_density_is_given_where_the_tissue_allows_it(small_run, tmp_path):
+    """A field of 0.35 mm2, and four of it side by side: a density of the second alone, by its tissue."""
+    field = read_field(small_run / "sample/images/009.tiff")
+    for name, image in (("small.png", field), ("large.png", np.tile(field, (2, 2, 1)))):
+        Image.fromarray(image).save(tmp_path / name)
+    flags = ["--images", tmp_path / "small.png", tmp_path / "large.png", "--um_per_px", 0.84, "--views", 1]
+    succeed("predict.py", *model(small_run), *flags, "--overlays", "False", "--out", tmp_path / "out")
+    counts = pd.read_csv(tmp_path / "out/counts.csv").set_index("image")
+    small, large = counts.loc["small.png"], counts.loc["large.png"]
+    assert small["tissue_mm2"] < 0.5 <= large["tissue_mm2"] and np.isnan(small["mitoses_per_mm2"])
+    assert large["mitoses_per_mm2"] == pytest.approx(large["mitoses"] / large["tissue_mm2"], abs=1e-3)
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert page.count("too little for a density") == 1 and f"{large['mitoses_per_mm2']:.2f} per mm²" in page
 
 
 def test_same_run_same_bytes(small_run, judged, tmp_path):
@@ -120,7 +147,7 @@ def test_folder_with_a_broken_image(small_run, tmp_path):
         and "broken.png: skipped" in done.out
     )
     counts = pd.read_csv(tmp_path / "out/counts.csv")
-    assert list(counts["um_per_px_source"]) == ["flag", "flag"]
+    assert list(counts["um_per_px_source"]) == ["file", "flag"]
     assert counts.set_index("image").loc["blank.jpg", "mitoses"] == 0
     assert json.loads((tmp_path / "out/blank.jpg/detections.geojson").read_text())["features"] == []
     assert counts["image"].str.startswith("'=").any()
@@ -155,10 +182,8 @@ def test_a_slide_is_scanned_resumed_and_reported(small_run, tmp_path):
     assert done.status == 1 and "broken.ndpi: skipped" in done.out
     counts = pd.read_csv(tmp_path / "out/counts.csv").iloc[0]
     detections = pd.read_csv(tmp_path / "out/detections.csv")
-    assert (
-        counts["area_of"] == "tissue"
-        and 0 < counts["area_mm2"] <= image.shape[0] * image.shape[1] * 0.25**2 / 1e6 * 1.1
-    )
+    assert counts["image_mm2"] == pytest.approx(image.shape[0] * image.shape[1] * 0.25**2 / 1e6)
+    assert 0 < counts["tissue_mm2"] <= 1.1 * counts["image_mm2"]  # tissue is found in squares of 8 um
     assert counts["hotspot_of"] == "whole image" and counts["mitoses"] == detections["mitosis"].sum() > 0
     own = tmp_path / "out/a %3Cb%3E%26.svs"
     with Image.open(own / "tissue.png") as mask:
@@ -194,7 +219,7 @@ def test_faults_of_images_and_folders(small_run, tmp_path, monkeypatch):
     assert done.status == 1 and "screen.tif: states no resolution" in done.err
     assert len(counts) == (2 if sys.platform == "linux" else 1) and (counts["mitoses"] == 0).all()
     assert (tmp_path / "out/report.html").is_file()
-    flags = ["--images", folder / "tiny.tif", "--um_per_px", 25, "--out", tmp_path / "far"]
+    flags = ["--images", folder / "tiny.tif", "--um_per_px", 25, "--insist_um_per_px", "--out", tmp_path / "far"]
     fails("predict.py", *model(small_run), *flags, says="--um_per_px")
 
 
@@ -307,7 +332,7 @@ def test_val_fields_that_do_not_calibrate_are_said(small_run, capsys, monkeypatc
 )
 def test_bad_input_is_one_line(small_run, tmp_path, monkeypatch, flags, says):
     monkeypatch.chdir(tmp_path)
-    image = ["--images", small_run / "sample/images/009.tiff"]
+    image = [] if "--dataset" in flags else ["--images", small_run / "sample/images/009.tiff"]
     fails("predict.py", *model(small_run), *image, "--out", tmp_path / "out", *flags, says=says)
     assert not (tmp_path / "out").exists()
 

@@ -5,10 +5,12 @@ import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
+from scipy.spatial import cKDTree
 from torch import Tensor
 from tqdm import tqdm
 
@@ -86,6 +88,50 @@ class PatchCutter:
         x, y = self._in_padded(point_px) - centre
         cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
         return np.array([cos * x + sin * y, cos * y - sin * x]) + self.size // 2
+
+
+class CutPatch(NamedTuple):
+    """One patch to write: centre in the field, annotated point in the patch (NaN without one), uint8 (3, S, S)."""
+
+    label: int
+    origin: str
+    centre: np.ndarray
+    point: np.ndarray
+    score: float
+    patch: np.ndarray
+
+
+NO_POINT = np.full(2, np.nan)
+
+
+def at_point(cutter: PatchCutter, label: int, origin: str, point: np.ndarray) -> CutPatch:
+    return CutPatch(label, origin, point, cutter.place(point, point), np.nan, cutter.cut(point[None])[0])
+
+
+def shifted(cutter: PatchCutter, mitosis: np.ndarray, shape: tuple, args, rng: np.random.Generator) -> CutPatch:
+    """A copy of a mitosis, moved and mostly turned."""
+    move = rng.uniform(-1, 1, size=2) * args.shift_share * args.patch_size / cutter.scale
+    angle = rng.choice([-1, 1]) * rng.uniform(60, 180) if rng.random() < args.turn_probability else 0.0
+    centre = np.clip(mitosis + move, 0, np.array([shape[1], shape[0]]) - 1)
+    patch = cutter.cut_turned(centre, angle)
+    return CutPatch(1, "shifted", centre, cutter.place(mitosis, centre, angle), np.nan, patch)
+
+
+def negatives(
+    cutter: PatchCutter, points_px: np.ndarray, origin: str, scores: np.ndarray | None = None
+) -> list[CutPatch]:
+    scores = np.full(len(points_px), np.nan) if scores is None else scores
+    patches = cutter.cut(points_px)
+    return [
+        CutPatch(0, origin, *cut) for cut in zip(points_px, [NO_POINT] * len(patches), scores, patches, strict=True)
+    ]
+
+
+def away_from(points_px: np.ndarray, others_px: np.ndarray, radius_px: float) -> np.ndarray:
+    """Which points lie farther than the radius from every other point: bool (N,)."""
+    if not len(others_px) or not len(points_px):
+        return np.ones(len(points_px), dtype=bool)
+    return cKDTree(others_px).query(points_px)[0] > radius_px
 
 
 def write_patch(path: Path, patch: np.ndarray) -> None:

@@ -3,7 +3,7 @@
 import math
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,9 @@ class Field:
     split: str = ""
     group: str = ""  # what must not be divided: the case, or one glass on two scanners
     names: tuple[str, ...] = ()  # what --val and --test may call it beside its case
+    width_px: float = math.nan  # as the labels state it
+    height_px: float = math.nan
+    silent: bool = False  # nothing is annotated in it, and nobody said whether it is empty or unlabelled
 
 
 def parse_cases(text: str) -> list[str]:
@@ -139,27 +142,40 @@ def draw_share(train: pd.DataFrame, share: float, share_of: str, seed: int) -> p
     return kept
 
 
+def find_images_named(fields: list[Field], names: Iterable[str], flag: str) -> set[str]:
+    """Return the images that `names` mean: an image or its id, or all of a case; ranges included.
+
+    Errors: InputError for a name that no field has.
+    """
+    return _find(fields, names, flag, lambda field: field.image)
+
+
 def _find_groups(fields: list[Field], names: Iterable[str], side: str) -> set[str]:
-    """Return the groups that `names` mean: as case, as image or id, then the same with 041 read as 41."""
+    """Return the groups that `names` mean."""
+    return _find(fields, names, side, lambda field: field.group)
+
+
+def _find(fields: list[Field], names: Iterable[str], side: str, wanted: Callable[[Field], str]) -> set[str]:
+    """Return what is wanted of the fields that `names` mean: as case, as image or id, then with 041 read as 41."""
     by_name: list[dict[str, set[str]]] = [{}, {}, {}, {}]
     for field in fields:
         for level, called in enumerate(((field.case,), (field.image, *field.names))):
             for one in called:
-                by_name[level].setdefault(one, set()).add(field.group)
-                by_name[level + 2].setdefault(_plain_number(one), set()).add(field.group)
+                by_name[level].setdefault(one, set()).add(wanted(field))
+                by_name[level + 2].setdefault(_plain_number(one), set()).add(wanted(field))
     found: set[str] = set()
     for name in names:
         span = re.fullmatch(r"(\d+)-(\d+)", name, re.ASCII)
         is_range = span and not any(name in level for level in by_name)
         for one in map(str, range(int(span[1]), int(span[2]) + 1)) if is_range else (name,):
-            groups = next((level[one] for level in by_name[:2] if one in level), None)
+            meant = next((level[one] for level in by_name[:2] if one in level), None)
             plain = _plain_number(one)
-            groups = groups or next((level[plain] for level in by_name[2:] if plain in level), None)
-            if not groups:
+            meant = meant or next((level[plain] for level in by_name[2:] if plain in level), None)
+            if not meant:
                 cases = sorted({field.case for field in fields})
                 known = ", ".join(cases if len(cases) <= 12 else [*cases[:6], "...", *cases[-3:]])
                 raise InputError(f"--{side} {name}: no case or image {one}; the {len(cases)} cases are {known}")
-            found |= groups
+            found |= meant
         if is_range and int(span[1]) > int(span[2]):
             raise InputError(f"--{side} {name}: a range goes from low to high")
     return found

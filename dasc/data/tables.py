@@ -362,6 +362,6 @@ def read_cut(folder: Path) -> Cut:
 
 def check_both_labels(part: pd.DataFrame, what: str, advice: str) -> None:
     """Raise InputError where a part of a manifest lacks mitoses or negatives; `what` names it."""
-    for label, word in LABELS.items():
+    for label, word in sorted(LABELS.items(), reverse=True):  # without a mitosis no negatives are drawn either
         if not (part["label"] == label).any():
             raise InputError(f"{what} has no {word} patch ({len(part)} in all); {advice}")

@@ -40,6 +40,11 @@ class SavedScan:
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise InputError(f"{self.path}: not a scan of this project; leave out --resume to begin anew") from error
         for name, value in self.settings.items():
+            if begun.get(name) != value and name == "image_sha256":
+                raise InputError(
+                    f"{self.path}: is the scan of another image of this name (SHA-256 {str(begun.get(name))[:12]}, not "
+                    f"{str(value)[:12]}); leave out --resume to begin anew, or name another --out"
+                )
             if begun.get(name) != value:
                 raise InputError(
                     f"{self.path}: was begun with {name} {begun.get(name)}, not {value}; leave out --resume"

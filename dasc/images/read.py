@@ -1,8 +1,6 @@
-"""Open one image of tissue, whatever its kind, and find the images in a folder."""
+"""Open one image of tissue, whatever its kind."""
 
 import logging
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,14 +19,29 @@ from dasc.images.tiffs import (
     check_segment,
     check_segments,
     full_page,
-    stated_um_per_px,
 )
 
 MAX_PIXELS = 1_000_000_000  # a field is held in memory whole, 3 bytes per pixel
 UM_PER_PX_RANGE = (0.1, 2.0)  # what a microscope gives; 72 dpi of an image editor is 352.8 um/px
-IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")
-SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi")
-
+# Images and slides that are not read here: the suffix and what they are.
+OTHER_SUFFIXES = {
+    **dict.fromkeys((".vsi", ".ets"), "a slide of Olympus"),
+    **dict.fromkeys((".isyntax", ".i2syntax"), "a slide of Philips"),
+    **dict.fromkeys(
+        (".kfb", ".tmap", ".sdpc", ".mdsx", ".mds", ".zvi", ".lif", ".nd2", ".oir"), "a slide or micrograph"
+    ),
+    **dict.fromkeys((".jp2", ".j2k", ".jpx", ".jpf", ".webp", ".gif", ".heic", ".heif", ".avif", ".jxl"), "an image"),
+    **dict.fromkeys((".psd", ".xcf", ".tga", ".ppm", ".pgm"), "an image"),
+}
+# The first bytes of files that are no image of a kind read here, and what they are.
+OTHER_STARTS = {
+    b"version https://git-lfs": "a git-lfs pointer, not the image itself; run `git lfs pull` in its folder",
+    b"<!doctype html": "a web page (HTML), not an image; the download needs a login or another address",
+    b"<html": "a web page (HTML), not an image; the download needs a login or another address",
+    b"pk\3\4": "a ZIP archive; unpack it",
+    b"\x1f\x8b": "a gzip archive; unpack it",
+}
+IMAGE_STARTS = (b"GIF8", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51", b"8BPS")  # GIF, JPEG2000, Photoshop
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 logger = logging.getLogger(__name__)
 # Opened by their own class: Image.open has a limit of its own, and here MAX_PIXELS is the one for every format.
@@ -48,75 +61,10 @@ def read_field(path: Path) -> np.ndarray:
         with path.open("rb") as file:
             kind = image_kind(file)
             if kind is None:
-                raise ValueError("not a TIFF, PNG, JPEG or BMP image; convert it to one of them")
+                raise ValueError(_what_else(path, file.read(512)))
             return _read_tiff(file, path) if kind == "tiff" else _read_picture(file, kind, path)
     except Exception as error:  # decoders of broken files raise anything: OSError, struct.error, types of their own
         raise InputError(f"{path}: cannot be read: {reason(error)}") from error
-
-
-def read_um_per_px(path: Path) -> float | None:
-    """Return the resolution that a TIFF states (Aperio's MPP, else its resolution tags), in um/px.
-
-    Returns: None where nothing is stated, the unit is missing or the value lies outside UM_PER_PX_RANGE.
-    Errors: InputError naming the file when it is missing or broken.
-    """
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            if image_kind(file) != "tiff":
-                return None
-            with tifffile.TiffFile(file) as tif:
-                um_per_px = stated_um_per_px(full_page(tif))
-    except Exception as error:  # as in read_field
-        raise InputError(f"{path}: cannot be read: {reason(error)}") from error
-    low, high = UM_PER_PX_RANGE
-    return um_per_px if um_per_px is not None and low <= um_per_px <= high else None
-
-
-def find_images(paths: list[Path]) -> list[Path]:
-    """Return the files among `paths` and the images in the folders among them, sorted, each file once.
-
-    Folders are searched to the bottom, hidden files and folders left out. An image is known by its first bytes; a
-    file that only has an image's name is kept, so that reading it names what is broken.
-    Errors: InputError when a path is missing or a folder holds no image.
-    """
-    found: dict[Path, Path] = {}
-    for path in map(Path, paths):
-        if path.is_dir():
-            images = [file for file in _files_below(path) if _may_be_image(file)]
-            if not images:
-                raise InputError(f"{path}: no image in this folder; expected slides, TIFF, PNG, JPEG or BMP files")
-        elif path.exists():
-            images = [path]
-        else:
-            raise InputError(f"{path}: no such file or folder")
-        for image in images:
-            found.setdefault(image.resolve(), image)
-    return sorted(found.values())
-
-
-def _files_below(folder: Path) -> list[Path]:
-    seen = set()  # device and inode of each folder: links may lead in circles
-    files = []
-    for here, folders, names in os.walk(folder, followlinks=True):
-        status = Path(here).stat()
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(here, name) for name in sorted(names) if not name.startswith(".")]
-    return [file for file in files if file.is_file()]
-
-
-def _may_be_image(path: Path) -> bool:
-    if path.suffix.lower() in (*IMAGE_SUFFIXES, *SLIDE_SUFFIXES):
-        return True
-    try:
-        with path.open("rb") as file:
-            return image_kind(file) is not None
-    except OSError:
-        return False
 
 
 def image_kind(file: BinaryIO) -> str | None:
@@ -133,6 +81,32 @@ def image_kind(file: BinaryIO) -> str | None:
     if start.startswith(b"BM") and 12 <= int.from_bytes(start[14:18], "little") <= 124:
         return "bmp"
     return None
+
+
+def other_kind(path: Path, start: bytes) -> str | None:
+    """Why an image of a kind that is not read here is left out, by its name and first bytes; None if it is none."""
+    riff = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
+    heif = start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"mif1", b"avif")
+    kind = OTHER_SUFFIXES.get(path.suffix.lower())
+    if kind is None and not (riff or heif or start.startswith(IMAGE_STARTS)):
+        return None
+    suffix = f" ({path.suffix})" if kind and path.suffix else ""
+    what = f"{kind or 'an image of another kind'}{suffix}"
+    return f"not a TIFF, PNG, JPEG or BMP image but {what}; convert it to one of them, with its resolution"
+
+
+def _what_else(path: Path, start: bytes) -> str:
+    """What a file is that is no image of a kind read here, and what to do."""
+    if not start:
+        return "the file is empty (0 bytes); copy or download it again"
+    plain = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if plain.startswith(b"<?xml") and b"<html" in plain:
+        plain = b"<html"
+    if start[128:132] == b"DICM":
+        return "a DICOM file that OpenSlide does not read as a slide; convert it to TIFF or PNG"
+    known = next((words for mark, words in OTHER_STARTS.items() if plain.startswith(mark)), None)
+    other = other_kind(path, start)
+    return known or other or "not a TIFF, PNG, JPEG or BMP image; convert it to one of them"
 
 
 def reason(error: Exception) -> str:
@@ -208,27 +182,3 @@ def to_rgb(image: np.ndarray, bits: int, path: Path) -> np.ndarray:
     if padding is not None:
         image[padding] = 255
     return image
-
-
-def resolution(path: Path, override: float, stated: float) -> tuple[float, str]:
-    """The um/px of a field and where it comes from: `flag` (override > 0), `dataset` (stated > 0) or `file`.
-
-    Errors: InputError when none of them knows it.
-    """
-    return choose_resolution(path, override, stated, lambda: read_um_per_px(path))
-
-
-def choose_resolution(
-    path: Path, override: float, stated: float, read: Callable[[], float | None]
-) -> tuple[float, str]:
-    """As `resolution`, with what the file states read by another reader than read_um_per_px."""
-    if not override >= 0:
-        raise InputError(f"--um_per_px {override}: expected 0.1 to 2.0, or 0 for what the file states")
-    if override > 0:
-        return override, "flag"
-    if stated > 0:
-        return stated, "dataset"
-    um_per_px = read()
-    if um_per_px is None:
-        raise InputError(f"{path}: states no resolution between 0.1 and 2.0 um/px; give it with --um_per_px")
-    return um_per_px, "file"

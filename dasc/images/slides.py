@@ -14,7 +14,8 @@ import openslide
 import tifffile
 
 from dasc.errors import InputError
-from dasc.images.read import UM_PER_PX_RANGE, image_kind, read_field, read_um_per_px, reason, to_rgb
+from dasc.images.read import image_kind, read_field, reason, to_rgb
+from dasc.images.resolution import Stated, is_plausible, read_stated, stated_in
 from dasc.images.tiffs import check_colours, check_segment, check_segments, full_page
 
 IN_MEMORY = 50_000_000  # a TIFF of up to this many pixels is read whole, and so may have any kind of colours
@@ -26,16 +27,21 @@ class Slide:
 
     Attributes:
         levels: width and height in px of every stored resolution, the full one first.
-        um_per_px: of the full resolution, as the file states it; None where it states nothing between 0.1 and 2.0.
+        stated: what the file states of the um/px of the full resolution.
         origin_px: x, y where the scanned area begins; viewers that cut the empty rest off count from there.
         reader: what reads it: OpenSlide with the maker's name, tifffile, or memory.
     """
 
     path: Path
     levels: list[tuple[int, int]]
-    um_per_px: float | None
+    stated: Stated
     origin_px: tuple[int, int] = (0, 0)
     reader: str
+
+    @property
+    def um_per_px(self) -> float | None:
+        """As the file states it; None where it states nothing between 0.1 and 2.0."""
+        return self.stated.um_per_px
 
     @property
     def width(self) -> int:
@@ -97,14 +103,13 @@ class MakersSlide(Slide):
         self.path, self.reader = path, f"OpenSlide {openslide.__library_version__} ({maker})"
         self._slide = openslide.OpenSlide(str(path))
         self.levels = list(self._slide.level_dimensions)
-        stated = self._slide.properties
-        mpp = [
-            float(stated.get(name, "nan")) for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
-        ]
-        self.um_per_px = _plausible(mpp[0]) if np.isclose(*mpp, rtol=0.01) else None
-        bounds = [
-            stated.get(name, "0") for name in (openslide.PROPERTY_NAME_BOUNDS_X, openslide.PROPERTY_NAME_BOUNDS_Y)
-        ]
+        says = self._slide.properties
+        mpp = [float(says.get(name, "nan")) for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)]
+        self.stated = Stated(mpp[0] if np.isclose(*mpp, rtol=0.01) and is_plausible(mpp[0]) else None)
+        if maker == "aperio":  # OpenSlide believes its text
+            with tifffile.TiffFile(path) as tif:
+                self.stated = stated_in(tif.pages.first)
+        bounds = [says.get(name, "0") for name in (openslide.PROPERTY_NAME_BOUNDS_X, openslide.PROPERTY_NAME_BOUNDS_Y)]
         self.origin_px = (int(bounds[0]), int(bounds[1]))
 
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
@@ -141,7 +146,7 @@ class TiffSlide(Slide):
             self._tif.close()
             raise
         self.levels = [(one.imagewidth, one.imagelength) for one in pages]
-        self.um_per_px = read_um_per_px(path)
+        self.stated = read_stated(path)
         self._pages = pages
         self._lock = threading.Lock()  # of the place in the file
 
@@ -191,7 +196,7 @@ class PictureSlide(Slide):
         self.path = path
         self.image = read_field(path)
         self.levels = [self.image.shape[1::-1]]
-        self.um_per_px = read_um_per_px(path)
+        self.stated = read_stated(path)
 
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
         return self.image[y : y + height, x : x + width].copy()
@@ -258,8 +263,3 @@ def _same_aspect(copy: tifffile.TiffPage, page: tifffile.TiffPage) -> bool:
     """Whether a copy has a page's sides but for their rounding; a label or a macro photograph has others."""
     wanted = copy.imagewidth * page.imagelength / page.imagewidth
     return copy.imagewidth < page.imagewidth and abs(copy.imagelength - wanted) <= 2
-
-
-def _plausible(um_per_px: float) -> float | None:
-    low, high = UM_PER_PX_RANGE
-    return um_per_px if low <= um_per_px <= high else None

@@ -11,17 +11,48 @@ JPEG_FRAMES = [bytes([0xC0 + kind]) for kind in range(16) if kind not in (4, 8, 
 # Compressions whose strips and tiles are JPEG, or JPEG2000, with headers of their own.
 STREAMS = (7, 33003, 33005, 34712)
 JPEG2000 = b"\xff\x4f\xff\x51"  # its first two markers
+RIVAL = 1.9  # an image of more than 1 / 1.9 of the largest one's pixels is no level of its pyramid
+SIDE_PHOTOGRAPH = re.compile(r"\b(label|macro|thumbnail|overview)\b", re.IGNORECASE)  # by its name
+AXES = {"Z": "depths (Z)", "C": "channels (C)", "T": "times (T)"}
+ADVICE = "save one plane, in RGB, as a file of its own"
 END_MARKER = b"\xff\xd9"  # of JPEG and JPEG2000; in neither does it occur in what is coded
 
 
 def full_page(tif: tifffile.TiffFile) -> tifffile.TiffPage:
-    """Return the page of full resolution: the first that is not marked as a reduced copy."""
+    """Return the page of full resolution: of the largest image that is no reduced copy, label or macro photograph.
+
+    Raises: ValueError: no image, several of one order, or a stack of depths, channels or times.
+    """
     if not len(tif.pages):  # counting them also finds pages linked in a circle, which tif.series would follow for ever
         raise ValueError("holds no image")
-    series = next((one for one in tif.series if not one.keyframe.is_reduced), tif.series[0])
+    whole = [one for one in tif.series if not one.keyframe.is_reduced] or [tif.series[0]]
+    whole = [one for one in whole if not SIDE_PHOTOGRAPH.search(one.name)] or whole
+    series = max(whole, key=_pixels)  # of the same number the first
+    rivals = [one for one in whole if _pixels(one) * RIVAL >= _pixels(series)]
+    if len(rivals) > 1:
+        sizes = ", ".join(f"{one.name or one.index}: {_sides(one)}" for one in rivals)
+        raise ValueError(f"holds several images of one order ({sizes}); save each as a file of its own")
     if series.size != series.keyframe.size:
-        raise ValueError(f"holds several images ({series.axes} {series.shape}); save each as a file of its own")
+        raise ValueError(f"holds several images ({_stack(series)}, axes {series.axes}, shape {series.shape}); {ADVICE}")
     return series.keyframe
+
+
+def _pixels(series: tifffile.TiffPageSeries) -> int:
+    return series.keyframe.imagewidth * series.keyframe.imagelength
+
+
+def _sides(series: tifffile.TiffPageSeries) -> str:
+    return f"{series.keyframe.imagewidth} x {series.keyframe.imagelength} px"
+
+
+def _stack(series: tifffile.TiffPageSeries) -> str:
+    """What the pages of a series are, in words."""
+    lengths = dict(zip(series.axes, series.shape, strict=False))
+    gray = series.keyframe.samplesperpixel == 1
+    named = [f"{lengths[axis]} {words}" for axis, words in AXES.items() if lengths.get(axis, 1) > 1]
+    if gray and series.size == 3 * series.keyframe.size:
+        named = ["3 gray pages, perhaps one per colour: merge them into one RGB image"]
+    return " and ".join(named) or f"{series.size // series.keyframe.size} pages"
 
 
 def check_colours(page: tifffile.TiffPage) -> tifffile.PHOTOMETRIC:
@@ -66,18 +97,6 @@ def check_segment(page: tifffile.TiffPage, data: bytes) -> None:
     height, width = (page.tilelength, page.tilewidth) if page.is_tiled else page.shaped[2:4]
     if size[0] > width or size[1] > height:
         raise ValueError(f"a strip or tile of {size[0]} x {size[1]} px, expected at most {width} x {height}")
-
-
-def stated_um_per_px(page: tifffile.TiffPage) -> float | None:
-    aperio = re.search(r"\bMPP\s*=\s*([0-9.]+)", page.description)
-    if aperio:
-        return float(aperio[1])
-    um_per_unit = {2: 25400, 3: 10000}.get(page.tags.valueof("ResolutionUnit", default=2))
-    pixels = [page.tags.valueof(name, default=(0, 1)) for name in ("XResolution", "YResolution")]
-    if um_per_unit is None or not all(numerator and denominator for numerator, denominator in pixels):
-        return None
-    x, y = (um_per_unit * denominator / numerator for numerator, denominator in pixels)
-    return x if math.isclose(x, y, rel_tol=0.01) else None
 
 
 def check_jpeg(data: bytes) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """The hotspot: the place of the window of 2 mm2 that holds the most mitoses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,6 +25,12 @@ class Hotspot:
     def area_mm2(self, um_per_px: float) -> float:
         """Area of the window; less than WINDOW_MM2 where it is the whole of a smaller image."""
         return self.width_px * self.height_px * um_per_px**2 / 1e6
+
+    def moved_to(self, point_px: tuple[float, float], width_px: int, height_px: int) -> "Hotspot":
+        """The window with a point (x, y) in its middle, as far as the image reaches."""
+        x = min(max(point_px[0] + 0.5 - self.width_px / 2, 0.0), width_px - self.width_px)
+        y = min(max(point_px[1] + 0.5 - self.height_px / 2, 0.0), height_px - self.height_px)
+        return replace(self, x_px=x, y_px=y)
 
 
 def find_hotspot(

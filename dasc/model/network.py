@@ -11,6 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from dasc.errors import InputError
 
 CLASSES = ("negative", "mitosis")  # the order of the labels 0 and 1
+TRIED_PX = 96  # side of the patch that every backbone is tried with
 
 
 class CamNetwork(nn.Module):
@@ -31,6 +32,7 @@ class CamNetwork(nn.Module):
         if stride not in strides:
             raise InputError(f"backbone {backbone}: has feature maps at strides {strides}, none at {stride}")
         options = {"features_only": True, "out_indices": (strides.index(stride),)}
+        _check_maps(backbone, stride, options)
         try:
             self.backbone = timm.create_model(backbone, pretrained=pretrained, **options)
         except Exception as error:  # hub clients raise types of their own, one family per release
@@ -91,6 +93,25 @@ def _feature_strides(backbone: str) -> list[int]:
             return timm.create_model(backbone, features_only=True).feature_info.reduction()
     except (RuntimeError, AttributeError) as error:
         raise InputError(f"backbone {backbone}: gives no feature maps; choose a convolutional one") from error
+
+
+@torch.no_grad()
+def _check_maps(backbone: str, stride: int, options: dict) -> None:
+    """Raise InputError where a backbone gives no map (B, C, h, w) of a patch of any size, as transformers do not."""
+    try:
+        with torch.device("meta"):  # shapes only
+            network = timm.create_model(backbone, **options).eval()
+            shape = tuple(network(torch.zeros(1, 3, TRIED_PX, TRIED_PX))[-1].shape)
+        found = f"gives {shape}"
+    except (AssertionError, RuntimeError, ValueError) as error:
+        shape, found = None, f"{str(error).splitlines()[0].rstrip('.')}" if str(error) else type(error).__name__
+    channels = network.feature_info.channels()[-1]
+    if shape is None or len(shape) != 4 or shape[1] != channels or shape[2] != shape[3]:
+        raise InputError(
+            f"backbone {backbone}: a patch of {TRIED_PX} px must give feature maps (1, {channels}, side, side) at "
+            f"stride {stride}; {found}; transformers (ViT, Swin) are made for one size of image: choose a "
+            "convolutional backbone, such as resnet18"
+        )
 
 
 @torch.no_grad()

@@ -9,8 +9,10 @@ import jinja2
 import numpy as np
 import pandas as pd
 
+from dasc.detect.image import warnings_of
 from dasc.files import spelt_out, write_text
 from dasc.images.slides import Slide
+from dasc.judge.density import SMALLEST_MM2
 from dasc.judge.hotspot import WINDOW_MM2, Hotspot
 from dasc.report.plots import DETECTION
 
@@ -55,23 +57,42 @@ def report_entry(
         "heat_map": _data_uri(heat_map),
         "hotspot": _data_uri(draw_hotspot(slide, mitoses_px, hotspot, um_per_px)),
     }
-    found = {"densest_per_mm2": densest, "detections": len(detections), "thumbnails": shown}
-    return facts | pictures | found | {"whole": hotspot.whole}
+    narrow = min(slide.width, slide.height) * um_per_px < 10 * HEAT_UM  # averaged over too small an area for a density
+    found = {"detections": len(detections), "thumbnails": shown, "densest_per_mm2": None if narrow else densest}
+    dense = None if np.isnan(facts["mitoses_per_mm2"]) else facts["mitoses_per_mm2"]
+    return facts | pictures | found | {"whole": hotspot.whole, "dense": dense, "warnings": warnings_of(facts)}
 
 
 def write_report(
-    path: Path, entries: list[dict], skipped: dict[str, str], threshold: float, calibration: str, settings: dict
+    path: Path,
+    entries: list[dict],
+    skipped: dict[str, str],
+    judged: list[str],
+    threshold: float,
+    calibration: str,
+    settings: dict,
 ) -> None:
-    """Write the page. Names and messages are escaped; the page forbids itself scripts and anything from outside."""
+    """Write the page. Names and messages are escaped; the page forbids itself scripts and anything from outside.
+
+    entries: as `report_entry`. skipped: images and why. judged: lines on how good the detections are; empty without
+    annotations.
+    """
+    warnings: dict[str, list[str]] = {}
+    for entry in entries:
+        for text in entry["warnings"]:
+            warnings.setdefault(text, []).append(entry["image"])
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     page = template.render(
         entries=entries,
+        warnings=warnings,
         skipped=skipped,
+        judged=judged,
         threshold=threshold,
         calibration=calibration,
         settings=settings,
         window_mm2=f"{WINDOW_MM2:g}",
+        smallest_mm2=f"{SMALLEST_MM2:g}",
     )
     write_text(path, spelt_out(page))
 

@@ -13,7 +13,7 @@ from scipy.special import logit
 from dasc.data.tables import join_by_patch, read_cut_fields, read_hard, read_memory, read_patches, read_table
 from dasc.errors import InputError
 from dasc.files import write_csv
-from dasc.images.read import find_images
+from dasc.images.find import find_images
 
 BLOCK = 48  # cells that are shuffled together: two pages of the gallery
 TURNS = 8  # ways to turn and mirror a square; 0 leaves it as it is

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from dasc.errors import InputError
-from dasc.images.read import find_images, read_field
+from dasc.images.find import find_images
+from dasc.images.read import read_field
 
 FORM = "pos_SLIDE_X-Y or neg_SLIDE_X-Y, as in pos_A00044_5282-12339.png"
 _NAME = re.compile(r"(?:(?P<label>pos|neg)_)?(?P<slide>.+)_(?P<x>\d+)-(?P<y>\d+)")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dasc.data.tables import PATCHES, check_once, inside, read_table
 from dasc.errors import InputError
-from dasc.images.read import find_images
+from dasc.images.find import find_images
 from dasc.model.inference import embed_patches
 from dasc.model.network import CamNetwork
 from dasc.weak.duplicates import THUMBNAIL_PX, thumbnail

@@ -100,16 +100,9 @@ def chain(home: Path, share: float, seed: int, args: argparse.Namespace) -> None
     run(home / "searched/model.pt", "NS/sigle.py", *flags, "--out", home / "searched")
 
     memory = home / "memory_units"
-    schedule = [
-        "--epochs",
-        epochs(manifest, args.memory_visits, 6),
-        "--warmup",
-        1,
-        "--count_after",
-        2,
-        "--batch_size",
-        64,
-    ]
+    passes = epochs(manifest, args.memory_visits, 6)
+    schedule = ["--epochs", passes, "--warmup_share", 1 / passes, "--count_after_share", 2 / passes]
+    schedule += ["--batch_size", 64]
     flags = [*network, "--lr", args.memory_lr, *schedule, "--manifest", manifest, "--out", memory]
     run(memory / "memory.csv", "DMU/main.py", *flags)
     between = ["--manifest", manifest, "--seed", seed, "--trust_mitoses", args.trust_mitoses]
@@ -118,14 +111,14 @@ def chain(home: Path, share: float, seed: int, args: argparse.Namespace) -> None
     flags = [*train, "--epochs", passes, "--manifest", manifest, "--hard", memory / "hard.csv"]
     run(home / "memory/model.pt", "NS/sigle.py", *flags, "--out", home / "memory")
 
-    levels = [*network, "--lr", args.memory_lr, "--epochs", args.level_epochs, "--seen_after", args.level_epochs // 4]
+    levels = [*network, "--lr", args.memory_lr, "--epochs", args.level_epochs, "--seen_after_share", 0.25]
     flags = [*levels, "--manifest", manifest, "--hard", memory / "hard.csv", "--out", memory]
     run(memory / "checked.csv", "DMU/hard_main.py", *flags)
     tables = [flag for name in ("memory", "hard", "checked") for flag in (f"--{name}", memory / f"{name}.csv")]
     run(memory / "SCL.csv", "clus_scl.py", *tables, "--out", memory)
     passes = epochs(memory / "SCL.csv", args.visits, 5)
     scl = [*train, "--epochs", passes, "--manifest", manifest, "--scl", memory / "SCL.csv"]
-    scl += ["--warmup", passes // 5, "--cluster_every", passes // 5]
+    scl += ["--contrast_labels_share", 0.2, "--cluster_every_share", 0.2]
     alone = ["--contrastive_weight", 0, "--localisation_weight", 0]
     run(home / "levels/model.pt", "DMU/hard_scl_main.py", *scl, *alone, "--out", home / "levels")
     run(home / "full/model.pt", "DMU/hard_scl_main.py", *scl, "--out", home / "full")
@@ -144,7 +137,7 @@ def judged(home: Path, split: str, arm: str) -> dict:
     curve = pd.read_csv(home / arm / "val_curve.csv")
     return {
         **{name: metrics[name] for name in ("tp", "fp", "fn", "precision", "recall", "f1", "f1_low", "f1_high")},
-        **{name: metrics[name] for name in ("threshold", "average_precision", "best_f1")},
+        **{name: metrics[name] for name in ("threshold", "average_precision", "oracle_f1")},
         "f1_val": curve["f1"].max(),
         "average_precision_val": average_precision(curve),
     }

@@ -20,7 +20,7 @@ from dasc.data.datasets import read_dataset
 from dasc.data.splits import parse_cases
 from dasc.files import write_csv
 
-NAMES = ["f1", "f1_low", "f1_high", "tp", "fp", "fn", "average_precision", "best_f1", "best_threshold", "threshold"]
+NAMES = ["f1", "f1_low", "f1_high", "tp", "fp", "fn", "average_precision", "oracle_f1", "oracle_threshold", "threshold"]
 
 
 def some_fields(number: int, val_share: float, seed: int, folder: Path, args: argparse.Namespace) -> tuple[Path, int]:

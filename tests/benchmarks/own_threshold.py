@@ -67,5 +67,5 @@ if __name__ == "__main__":
             row = {"predicted": str(folder), "fields": number}
             row |= {f"f1_{name}": np.mean(values) for name, values in f1.items()}
             row |= {f"f1_{name}_lowest_tenth": np.quantile(values, 0.1) for name, values in f1.items()}
-            rows.append(row | {"best_f1_all_fields": best})
+            rows.append(row | {"oracle_f1_all_fields": best})
     print(pd.DataFrame(rows).round(3).to_string(index=False))

@@ -78,6 +78,6 @@ if __name__ == "__main__":
         seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
         counts = pd.read_csv(Path(folder, "out/counts.csv")).iloc[0]
         print(
-            f"{counts['area_mm2']:.2f} mm2 of tissue, {counts['mitoses']} detections: {seconds:.0f} s, "
+            f"{counts['tissue_mm2']:.2f} mm2 of tissue, {counts['mitoses']} detections: {seconds:.0f} s, "
             f"{used.ru_utime + used.ru_stime:.0f} s of CPU, peak memory {used.ru_maxrss / 2**20:.2f} GiB"
         )

@@ -87,11 +87,11 @@ def train(args, patches, labels, rows, seed: int, held_out=()) -> tuple[np.ndarr
             history[epoch, batch] = (-losses.detach()).exp()
     network.eval()
     with torch.inference_mode():
-        held = [
+        logits = [
             network(to_float(patches[part])).softmax(dim=1)
             for part in torch.as_tensor(held_out, dtype=torch.long).split(256)
         ]
-    return history, torch.cat([torch.empty(0, 2), *held]).numpy()
+    return history, torch.cat([torch.empty(0, 2), *logits]).numpy()
 
 
 def stages(
@@ -100,7 +100,8 @@ def stages(
     """memory.csv with the verdicts of stages 4 and 5, and their seconds."""
     common = ["--manifest", manifest, "--out", out, "--seed", seed]
     network = ["--backbone", args.backbone, "--stride", args.stride, "--init_weights", args.init_weights]
-    schedule = ["--epochs", args.epochs, "--warmup", 1, "--count_after", 2, "--batch_size", BATCH_SIZE, "--lr", args.lr]
+    schedule = ["--epochs", args.epochs, "--warmup_share", 1 / args.epochs, "--count_after_share", 2 / args.epochs]
+    schedule += ["--batch_size", BATCH_SIZE, "--lr", args.lr]
     seconds = run("DMU/main.py", *common, *network, *schedule, *flags)
     seconds += run("clus_hard.py", *common, "--memory", out / "memory.csv", "--noisy_share", noisy_share)
     memory = pd.read_csv(out / "memory.csv")

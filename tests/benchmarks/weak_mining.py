@@ -101,7 +101,7 @@ def one_run(args: argparse.Namespace, home: Path, pool: Path, share: float, seed
             seed,
         ]
         run(mined / "patches.csv", "NS/weak_mining.py", *mine)
-        facts |= {name: json.loads((mined / "weak_mining/run.json").read_text())[name] for name in facts}
+        facts |= {name: json.loads((mined / "run.json").read_text())[name] for name in facts}
         patches = mined / "patches.csv"
     epochs = train(args, patches, out, seed)
     table = pd.read_csv(patches)
