@@ -40,6 +40,7 @@ DATA_ROOT = ""  # folder of that dataset
 SPLIT: Literal["train", "val", "test"] = "test"  # which of its fields
 VAL = ""  # cases for validation, A,B; empty: the dataset's own split
 TEST = ""  # cases for the test
+CORRECTIONS = ""  # corrections.csv of review.py, applied to the dataset's annotations; empty: they stay as they are
 UNLABELLED = ""  # images of the dataset that carry no labels, A,B or 355-405
 EMPTY = ""  # images in which there is nothing to annotate, where nothing else says so
 CONTESTED: Literal["refuse", "drop"] = "refuse"  # a nucleus with both labels: refuse, or drop its annotations
@@ -62,6 +63,7 @@ from typing import NamedTuple
 import pandas as pd
 from tqdm import tqdm
 
+from dasc.data.corrections import UNSURE, correct_dataset
 from dasc.data.datasets import Dataset, drop_outside, read_as_asked
 from dasc.data.regions import find_roi
 from dasc.data.resolutions import asked_um_per_px
@@ -93,7 +95,7 @@ class Found(NamedTuple):
 
 def main(args) -> int:
     model_path, out = Path(args.model_path), Path(args.out)
-    fields, annotations, skipped = fields_to_scan(args, out)
+    fields, annotations, skipped, corrections = fields_to_scan(args, out)
     detector = as_asked(load_detector(model_path, pick_device(args.device)), model_path, args)
     threshold = resolve_threshold(args.threshold, detector.threshold, detector.val_curve, model_path)
     smallest = min(args.smallest, threshold)
@@ -127,6 +129,7 @@ def main(args) -> int:
         model_sha256=detector.sha256,
         threshold=threshold,
         skipped=skipped,
+        corrections=corrections,
     )
     if args.report:
         calibration = f"probabilities {'' if detector.calibration.fitted else 'not '}calibrated on validation"
@@ -227,15 +230,15 @@ def check_flags(args) -> None:
         raise InputError("--images: has no effect with --dataset, whose fields are read; leave out one of the two")
 
 
-def fields_to_scan(args, out: Path) -> tuple[pd.DataFrame, pd.DataFrame | None, dict[str, str]]:
-    """The images to scan, the mitoses annotated in them if they are a dataset's, and those skipped beforehand.
+def fields_to_scan(args, out: Path) -> tuple[pd.DataFrame, pd.DataFrame | None, dict[str, str], dict[str, int]]:
+    """The images to scan, the mitoses annotated in them if they are a dataset's, those skipped beforehand, corrections.
 
     The first: image, file, um_per_px (of the dataset's table) and asked_um_per_px (of --um_per_px), NaN where unknown.
     """
     check_flags(args)
-    dataset, skipped = None, {}
+    dataset, skipped, corrections = None, {}, {}
     if args.dataset:
-        dataset, fields, mitoses = dataset_fields(args)
+        dataset, fields, mitoses, corrections = dataset_fields(args)
     else:
         fields, skipped = image_fields(args.images, out)
     for name in fields["image"]:
@@ -244,10 +247,10 @@ def fields_to_scan(args, out: Path) -> tuple[pd.DataFrame, pd.DataFrame | None, 
     asked = asked_um_per_px(args.um_per_px, fields["image"], list(map(str, fields["file"])), args.insist_um_per_px)
     fields = fields.assign(asked_um_per_px=asked)
     if dataset is None:
-        return fields, None, skipped
+        return fields, None, skipped, corrections
     if args.check_labels:
         check_labels(fields, mitoses, dataset.root, args.insist_um_per_px)
-    return fields, mitoses, skipped
+    return fields, mitoses, skipped, corrections
 
 
 def image_fields(paths: list[str], out: Path) -> tuple[pd.DataFrame, dict[str, str]]:
@@ -268,19 +271,19 @@ def image_fields(paths: list[str], out: Path) -> tuple[pd.DataFrame, dict[str, s
     return pd.DataFrame(fields), skipped
 
 
-def dataset_fields(args) -> tuple[Dataset, pd.DataFrame, pd.DataFrame]:
-    """The dataset, the fields of one split, and the mitoses annotated in the dataset."""
-    dataset = read_as_asked(args)
+def dataset_fields(args) -> tuple[Dataset, pd.DataFrame, pd.DataFrame, dict[str, int]]:
+    """The dataset, the fields of one split, the mitoses of the dataset and what readers are unsure of, corrections."""
+    dataset, corrections = correct_dataset(read_as_asked(args), args.corrections)
     fields = dataset.fields[dataset.fields["split"] == args.split]
     if fields.empty:
         raise InputError(f"{args.data_root}: no field in split {args.split}; see --val and --test")
-    annotations = dataset.annotations[dataset.annotations["label"] == 1]
-    if not annotations["image"].isin(fields["image"]).any():
+    annotations = dataset.annotations[dataset.annotations["label"].isin([1, UNSURE])]
+    if not annotations.loc[annotations["label"] == 1, "image"].isin(fields["image"]).any():
         raise InputError(
             f"{args.data_root}: no mitosis is annotated in the {len(fields)} fields of split {args.split}, so nothing "
             f"can be judged; looked for {dataset.looked_for}; see --split, --val and --test"
         )
-    return dataset, fields.assign(file=[dataset.root / path for path in fields["path"]]), annotations
+    return dataset, fields.assign(file=[dataset.root / path for path in fields["path"]]), annotations, corrections
 
 
 def summary(counts: pd.DataFrame, skipped: dict[str, str]) -> str:

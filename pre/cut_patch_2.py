@@ -41,6 +41,7 @@ EXCLUDE_UM: Amount = 20.0  # candidates nearer than this to a mitosis are never 
 SAME_UM: Amount = 7.5  # candidates nearer than this to an annotated hard negative are the same nucleus
 RANDOM_PER_POSITIVE: Amount = 1.0  # random negatives per mitosis patch of a training field
 RANDOM_PER_FIELD: Natural = 40  # random negatives in every field of validation and test
+CORRECTIONS = ""  # corrections.csv of review.py: what readers made of the annotations; empty: they stay as they are
 HARD_NEGATIVES = True  # cut the annotated hard negatives too; False: as if nobody had annotated any
 FP_MDOEL = False  # True: stage 3, search the training fields with the model for false positives
 MODEL_PATH = "results/NS/model.pt"  # the search network of stage 2
@@ -67,6 +68,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from dasc.data.corrections import UNSURE, correct_dataset
 from dasc.data.cut import Cut, write_cut
 from dasc.data.datasets import Dataset, drop_outside, read_as_asked
 from dasc.data.patches import CutPatch, PatchCutter, at_point, away_from, negatives, shifted, write_patch
@@ -89,7 +91,7 @@ PASSING = ("out", "data_root", "model_path", "device", "batch_size", "workers", 
 
 
 def main(args) -> int:
-    dataset = read_as_asked(args)
+    dataset, corrections = correct_dataset(read_as_asked(args), args.corrections)
     asked = asked_um_per_px(args.um_per_px, dataset.fields["image"], dataset.fields["path"], args.insist_um_per_px)
     dataset.fields["asked_um_per_px"] = asked
     fields = dataset.fields[dataset.fields["split"].isin(SPLITS)].reset_index(drop=True)
@@ -123,7 +125,8 @@ def main(args) -> int:
             pool.shutdown(cancel_futures=True)
     if len(skipped) == len(fields):
         raise InputError(f"none of the {len(fields)} fields could be cut; the first: {next(iter(skipped.values()))}")
-    finish(out, partial, fields[~fields["image"].isin(list(skipped))], dataset.root, skipped, args, device)
+    cut_fields = fields[~fields["image"].isin(list(skipped))]
+    finish(out, partial, cut_fields, dataset.root, skipped, args, device, corrections)
     return 1 if skipped else 0
 
 
@@ -240,6 +243,8 @@ def cut_field(field, known: Known, root: Path, partial: Path, args, network, tur
     for others in (mitoses, known.contested[["x_px", "y_px"]].to_numpy(float)):
         points_px = points_px[away_from(points_px, others, args.exclude_um / um_per_px)]
     points_px = points_px[away_from(points_px, hard_negatives, args.same_um / um_per_px)]
+    unsure = annotations.loc[annotations["label"] == UNSURE, ["x_px", "y_px"]].to_numpy(float)
+    points_px = points_px[away_from(points_px, unsure, args.same_um / um_per_px)]
     points_px = rng.permutation(points_px)  # drawn before the search: stage 3 keeps stage 1's random negatives
     if network is not None and field.split == "train":
         with turn:  # one scan at a time: every core works on it, and one batch lies in memory
@@ -272,7 +277,9 @@ def write_one(cut: CutPatch, number: int, field, partial: Path) -> dict:
     return {key: None if value != value else value for key, value in row.items()}  # JSON knows no NaN
 
 
-def finish(out: Path, partial: Path, fields: pd.DataFrame, root: Path, skipped: dict, args, device) -> None:
+def finish(
+    out: Path, partial: Path, fields: pd.DataFrame, root: Path, skipped: dict, args, device, corrections
+) -> None:
     """Write the tables and put the folder in its place."""
     records = [
         json.loads((partial / "fields" / f"{file_name(image)}.json").read_text(encoding="utf-8"))
@@ -297,6 +304,7 @@ def finish(out: Path, partial: Path, fields: pd.DataFrame, root: Path, skipped: 
         fields=len(fields),
         patches={" ".join(map(str, key)): int(count) for key, count in counts.items()},
         skipped=skipped,
+        corrections=corrections,
         annotations_outside={image: count for image, count in outside.items() if count},
     )
     with writing(out):

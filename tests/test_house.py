@@ -98,7 +98,7 @@ def test_no_script_imports_a_script():
         assert not {name.split(".")[0] for name in imports(path)} & scripts, path
 
 
-ROOMS = ["errors", "files", "flags", "run", "images", "judge", "data", "model", "detect", "report", "weak"]
+ROOMS = ["errors", "files", "flags", "run", "images", "judge", "data", "model", "detect", "report", "weak", "review"]
 
 
 def room_of(module: str) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from dasc.data.corrections import without_unsure
 from dasc.files import write_csv, write_json
 from dasc.judge.metrics import RADIUS_UM, average_precision, choose_threshold, evaluate, fields_in_um, plateau_threshold
 from dasc.report.plots import precision_recall
@@ -26,12 +27,13 @@ def write_judgement(
 
     An earlier run's files that these detections were not judged by go.
 
-    truth: annotated mitoses, image, x_px, y_px; None: nothing is annotated. detections: all, the weak ones too. counts:
-    rows of counts.csv. match, seed: as `metrics.evaluate`.
+    truth: annotated mitoses, and what readers are unsure of: image, x_px, y_px, label; None: nothing is annotated.
+    detections: all, the weak ones too. counts: rows of counts.csv. match, seed: as `metrics.evaluate`.
     """
     stale, lines = {"metrics.json", "metrics_per_field.csv", "curve.csv", "curve.png"}, []
     if truth is not None:
         resolutions = dict(zip(counts["image"], counts["um_per_px"], strict=True))
+        truth, detections = without_unsure(truth, detections, resolutions)
         metrics, per_field = evaluate(truth, detections, resolutions, threshold, match, seed=seed)
         words = "F1 {f1:.3f} ({f1_low:.3f}-{f1_high:.3f}), precision {precision:.3f}, recall {recall:.3f}"
         lines.append(f"{words.format(**metrics)} at threshold {threshold:.3f}")

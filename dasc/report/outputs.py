@@ -55,9 +55,9 @@ def write_image(
 ) -> None:
     """Write the detections of one image in the formats of other programs, and a picture: its overlay or its tissue.
 
-    detections: image, x_px, y_px, probability, mitosis. smallest: probability from which they are written. truth: the
-    annotated mitoses, x_px, y_px, where there are any. qupath: detections or annotations. export: asap, coco. overlays:
-    draw a field's detections. match: the rule by which a detection is right.
+    detections: image, x_px, y_px, probability, mitosis. smallest: probability from which they are written.
+    truth: the annotated mitoses, x_px, y_px, label, where there are any. qupath: detections or annotations.
+    export: asap, coco. overlays: draw a field's detections. match: the rule by which a detection is right.
     """
     halves = half_sides(detections, slide.width, slide.height, um_per_px, SQUARE_UM)
     halves = halves if qupath == "annotations" else None
@@ -71,6 +71,6 @@ def write_image(
     if tissue is not None:
         write_png(folder / "tissue.png", np.repeat(tissue.mask[:, :, None], 3, axis=2).astype(np.uint8) * 255)
     elif overlays:
-        points = None if truth is None else truth[["x_px", "y_px"]].to_numpy(float)
+        points = None if truth is None else truth.loc[truth["label"] == 1, ["x_px", "y_px"]].to_numpy(float)
         image = slide.read_region(0, 0, 0, slide.width, slide.height)
         write_png(folder / "overlay.png", overlay(image, detections, um_per_px, points, match))

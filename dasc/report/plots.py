@@ -231,6 +231,24 @@ def overlay(
     return image
 
 
+def agreement(path: Path, measures: Sequence[tuple[str, float | None, float | None, float | None]]) -> None:
+    """Draw measures of agreement, one under the other; those that are not defined are left out.
+
+    measures: name, value, low, high.
+    """
+    shown = [one for one in measures if one[1] is not None][::-1]
+    figure = Figure(figsize=(7, 1.2 + 0.3 * len(shown)), layout="constrained")
+    axis = figure.subplots()
+    for place, (_, value, low, high) in enumerate(shown):
+        if low is not None and high is not None:
+            axis.plot([low, high], [place, place], color="0.6", linewidth=3)
+        axis.plot(value, place, marker="o", color="C0")
+    axis.set_yticks(range(len(shown)), [_literal(name) for name, *_ in shown])
+    axis.axvline(0, color="0.8", linewidth=1)
+    axis.set(xlim=(-1.02, 1.02), ylim=(-0.6, len(shown) - 0.4), xlabel="agreement, with 95 % interval by case")
+    _save(path, figure)
+
+
 def write_png(path: Path, image: np.ndarray) -> None:
     """Write an image as PNG.
 
