@@ -1,4 +1,7 @@
-"""A headless browser driven by keys with the standard library alone: Chromium by its DevTools pipe, Firefox by Marionette."""
+"""A headless browser driven by keys, with the standard library alone.
+
+Chromium is told by its DevTools pipe what to do, Firefox by Marionette.
+"""
 
 import base64
 import contextlib
@@ -13,7 +16,16 @@ from pathlib import Path
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FIREFOX = next(filter(None, map(shutil.which, ("firefox-esr", "firefox"))), None)
 NAMES = {"Space": " ", "Left": "ArrowLeft", "Right": "ArrowRight", "Up": "ArrowUp", "Down": "ArrowDown"}
-CODES = {" ": 32, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Escape": 27, "Enter": 13, "Tab": 9}
+CODES = {
+    " ": 32,
+    "ArrowLeft": 37,
+    "ArrowUp": 38,
+    "ArrowRight": 39,
+    "ArrowDown": 40,
+    "Escape": 27,
+    "Enter": 13,
+    "Tab": 9,
+}
 MARIONETTE = {"ArrowLeft": "\ue012", "ArrowUp": "\ue013", "ArrowRight": "\ue014", "ArrowDown": "\ue015"}
 MARIONETTE |= {"Escape": "\ue00c", "Enter": "\ue007", "Tab": "\ue004", "Shift": "\ue008"}
 SECONDS = 30  # until a browser that does not answer fails the test
@@ -40,8 +52,19 @@ class Chromium(Browser):
     def __init__(self, folder: Path, width: int = 1366, height: int = 768):
         """folder: for the profile and for what the page saves."""
         self.downloads = folder / "downloads"
-        command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-extensions"]
-        command += ["--remote-debugging-pipe", f"--user-data-dir={folder / 'profile'}", "--disable-background-networking"]
+        command = [
+            CHROMIUM,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-extensions",
+        ]
+        command += [
+            "--remote-debugging-pipe",
+            f"--user-data-dir={folder / 'profile'}",
+            "--disable-background-networking",
+        ]
         command += ["--hide-scrollbars", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "about:blank"]
         there, self.write = os.pipe()
         self.read, back = os.pipe()
@@ -90,7 +113,7 @@ class Chromium(Browser):
         self.wait(f"location.href === {json.dumps(url)} && document.readyState === 'complete'")
 
     def js(self, expression: str):
-        flags = {"returnByValue": True, "awaitPromise": True, "replMode": True}
+        flags = {"returnByValue": True, "awaitPromise": True}
         result = self.call("Runtime.evaluate", expression=expression, **flags)
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
@@ -123,7 +146,11 @@ class Firefox(Browser):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        settings = {"marionette.port": port, "browser.download.folderList": 2, "browser.shell.checkDefaultBrowser": False}
+        settings = {
+            "marionette.port": port,
+            "browser.download.folderList": 2,
+            "browser.shell.checkDefaultBrowser": False,
+        }
         settings |= {"browser.download.dir": str(self.downloads), "datareporting.policy.dataSubmissionEnabled": False}
         settings |= {"browser.download.alwaysOpenPanel": False, "dom.disable_beforeunload": True}
         lines = [f"user_pref({json.dumps(name)}, {json.dumps(value)});\n" for name, value in settings.items()]
