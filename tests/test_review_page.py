@@ -48,6 +48,8 @@ class Fake(ThreadingHTTPServer):
     def __init__(self, state: dict, port: int = 0):
         super().__init__(("127.0.0.1", port), Handler)
         self.state, self.asked, self.answers, self.fails, self.gone, self.token = state, [], [], 0, set(), TOKEN
+        self.hangs = threading.Event()  # set: it does not
+        self.hangs.set()
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self.thread.start()
 
@@ -104,6 +106,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.hangs.wait(30)
         if self.server.fails:
             self.reply(self.server.fails, {"error": "the disk is full"})
         elif self.headers["X-Token"] != self.server.token or self.path != "/api/answer":
@@ -338,6 +341,21 @@ def test_a_server_that_fails_loses_nothing(chromium, serve):
     await_answers(server, (0, "M"), (1, "L"), (2, "U"), (2, None), (2, "X"))
     chromium.wait("!document.getElementById('lost').checkVisibility()")
     assert "all saved" in chromium.text()
+
+
+def test_a_server_that_hangs_loses_nothing(chromium, serve):
+    server = opened(chromium, serve())
+    chromium.key("M")
+    chromium.wait("document.body.innerText.includes('all saved')")
+    server.hangs.clear()
+    chromium.keys("L", "U")
+    assert "2 not saved" in chromium.text()  # before it is known that the server hangs
+    chromium.wait("document.getElementById('lost').checkVisibility()", 8)
+    assert "does not answer" in chromium.text() and "not confirmed: 2" in chromium.text()
+    server.hangs.set()
+    chromium.wait("document.body.innerText.includes('all saved')")
+    last = {row["item"]: row["answer"] for row in server.answers}
+    assert last == {0: "M", 1: "L", 2: "U"}  # the answer that hung may have come twice
 
 
 def test_a_server_that_is_gone_and_comes_back_loses_nothing(browser, serve):
