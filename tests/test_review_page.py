@@ -287,13 +287,13 @@ def test_shift_marks_only_the_cells_of_the_page_without_answer(chromium, serve):
 
 def test_a_held_key_is_one_key(chromium, serve):
     server = opened(chromium, serve())
-    chromium.key("M")
-    for _ in range(5):
-        chromium.key("M", held=True)
-        chromium.key("Space", held=True)
-        chromium.key("Z", held=True)
-    assert badges(chromium) == "M" + "-" * 23
-    await_answers(server, (0, "M"))
+    for key, shown_then in (("M", "M-"), ("L", "ML"), ("Z", "M-"), ("Space", "--"), ("U", "U-")):
+        chromium.key(key)
+        for _ in range(3):
+            chromium.key(key, held=True)
+        assert badges(chromium) == shown_then + "-" * 22
+    chromium.wait("document.body.innerText.includes('all saved')")
+    assert server.pairs() == [(0, "M"), (1, "L"), (1, None), (24, "U")]
 
 
 def test_the_cursor_returns_to_a_cell_left_out(chromium, serve):
