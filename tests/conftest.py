@@ -11,8 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on small tensors 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pytest
+from browser import CHROMIUM, FIREFOX, Chromium, Firefox
 from filelock import FileLock
 from pipeline import LIGHT, readme_commands, succeed
+from review_page import Fake, state_of
 
 
 def pytest_addoption(parser):
@@ -75,3 +77,38 @@ def make_readme_run(folder):
 
 def sample_flags(folder: Path) -> list[object]:
     return ["--dataset", "sample", "--data_root", folder / "sample", "--patch_size", 64, "--random_per_field", 20]
+
+
+@pytest.fixture(scope="module", params=["chromium", "firefox"])
+def browser(request, tmp_path_factory):
+    """Each browser, one for all tests of a file."""
+    kind, program = {"chromium": (Chromium, CHROMIUM), "firefox": (Firefox, FIREFOX)}[request.param]
+    if program is None:
+        pytest.skip(f"needs {request.param}")
+    browser = kind(tmp_path_factory.mktemp(request.param))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    """Chromium, for what is alike in both browsers or only it can tell."""
+    if CHROMIUM is None:
+        pytest.skip("needs Debian's chromium, or Chrome")
+    browser = Chromium(tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def serve():
+    """Starts servers for the review page and stops them after the test."""
+    servers = []
+
+    def start(cells: int = 60, **changes) -> Fake:
+        servers.append(Fake(state_of(cells, **changes)))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()

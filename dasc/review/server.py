@@ -127,6 +127,7 @@ class Handler(BaseHTTPRequestHandler):
 
     server: Server
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # an answer of a few bytes is not held back
     server_version, sys_version = "DASC", ""
     timeout = 60
 
