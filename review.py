@@ -40,7 +40,8 @@ from pathlib import Path
 import pandas as pd
 
 from dasc.data.corrections import CORRECTIONS
-from dasc.data.tables import read_cut_fields, write_table
+from dasc.data.cut import read_cut_fields
+from dasc.data.tables import write_table
 from dasc.errors import InputError
 from dasc.files import file_name, sha256, write_json
 from dasc.report.plots import agreement

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import logit
 
-from dasc.data.tables import join_by_patch, read_cut_fields, read_hard, read_memory, read_patches, read_table
+from dasc.data.cut import read_cut_fields
+from dasc.data.tables import join_by_patch, read_hard, read_memory, read_patches, read_table
 from dasc.errors import InputError
 from dasc.files import write_csv
 from dasc.images.find import find_images
