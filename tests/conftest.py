@@ -19,7 +19,7 @@ from review_page import Fake, state_of
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="of the moments at which runs are killed, and of the fuzzing")
-    parser.addoption("--fuzz_seconds", type=float, default=45.0, help="how long tests/test_fuzz.py tries inputs")
+    parser.addoption("--fuzz_seconds", type=float, default=25.0, help="how long tests/test_fuzz.py tries inputs")
 
 
 def pytest_terminal_summary(terminalreporter):
