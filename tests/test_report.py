@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dasc.images.slides import open_slide, read_overview
+from dasc.images.slides import open_slide, read_overview, read_square
 from dasc.judge.density import per_mm2, poisson_interval
 from dasc.judge.hotspot import Hotspot, find_hotspot
-from dasc.report.page import PICTURE_PX, draw_heat_map, read_square, report_entry, write_report
+from dasc.report.page import PICTURE_PX, draw_heat_map, report_entry, write_report
 
 NAME = "<script>alert(1)</script> & \"quoted\" 'ü'.svs"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -259,6 +259,24 @@ def read_overview(slide: Slide, downsample: float, workers: int) -> tuple[np.nda
     return overview, factor * slide.downsample(level)
 
 
+def read_square(slide: Slide, x_px: float, y_px: float, side_px: float, size: int) -> np.ndarray:
+    """A square of the image about a point, (size, size, 3) uint8; white beyond the image."""
+    return read_resized(slide, np.array([x_px, y_px]) + 0.5 - side_px / 2, (side_px, side_px), (size, size))
+
+
+def read_resized(slide: Slide, corner: np.ndarray, span: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
+    """A rectangle of the image, (size[1], size[0], 3) uint8, from the level that fits; white beyond the image.
+
+    corner: (2,) x, y in px of the full resolution. span: its width and height, likewise. size: in px, as wanted.
+    """
+    level = slide.level_for(span[0] / size[0])
+    factor = slide.downsample(level)
+    x, y = np.round(corner / factor).astype(int).tolist()
+    region = slide.read_region(level, x, y, *(max(1, round(side / factor)) for side in span))
+    shrinks = region.shape[1] >= size[0]
+    return cv2.resize(region, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+
+
 def _same_aspect(copy: tifffile.TiffPage, page: tifffile.TiffPage) -> bool:
     """Whether a copy has a page's sides but for their rounding; a label or a macro photograph has others."""
     wanted = copy.imagewidth * page.imagelength / page.imagewidth

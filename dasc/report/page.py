@@ -11,7 +11,7 @@ import pandas as pd
 
 from dasc.detect.image import warnings_of
 from dasc.files import spelt_out, write_text
-from dasc.images.slides import Slide
+from dasc.images.slides import Slide, read_resized, read_square
 from dasc.judge.density import SMALLEST_MM2
 from dasc.judge.hotspot import WINDOW_MM2, Hotspot
 from dasc.report.plots import DETECTION
@@ -129,25 +129,11 @@ def draw_hotspot(slide: Slide, mitoses_px: np.ndarray, hotspot: Hotspot, um_per_
     zoom = min(1.0, PICTURE_PX / max(hotspot.width_px, hotspot.height_px))
     corner = np.array([hotspot.x_px, hotspot.y_px])
     size = max(1, round(hotspot.width_px * zoom)), max(1, round(hotspot.height_px * zoom))
-    picture = _read(slide, corner, (hotspot.width_px, hotspot.height_px), size)
+    picture = read_resized(slide, corner, (hotspot.width_px, hotspot.height_px), size)
     for x, y in ((mitoses_px + 0.5 - corner) * zoom).round().astype(int).tolist():
         for shade, line in (((0, 0, 0), 4), (DETECTION, 2)):
             cv2.circle(picture, (x, y), max(4, round(CIRCLE_UM / um_per_px * zoom)), shade, line, cv2.LINE_AA)
     return picture
-
-
-def read_square(slide: Slide, x_px: float, y_px: float, side_px: float, size: int) -> np.ndarray:
-    """A square of the image about a point, (size, size, 3) uint8; white beyond the image."""
-    return _read(slide, np.array([x_px, y_px]) + 0.5 - side_px / 2, (side_px, side_px), (size, size))
-
-
-def _read(slide: Slide, corner: np.ndarray, span: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
-    level = slide.level_for(span[0] / size[0])
-    factor = slide.downsample(level)
-    x, y = np.round(corner / factor).astype(int).tolist()
-    region = slide.read_region(level, x, y, *(max(1, round(side / factor)) for side in span))
-    shrinks = region.shape[1] >= size[0]
-    return cv2.resize(region, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
 
 def _data_uri(picture: np.ndarray) -> str:

@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 
 from dasc.errors import InputError
-from dasc.images.slides import Slide, open_slide, read_overview
-from dasc.report.page import read_square
+from dasc.images.slides import Slide, open_slide, read_overview, read_square
 
 CROP_UM, CONTEXT_UM = 32, 256  # tissue that a crop and its surroundings show
 SIDE_PX = {CROP_UM: 192, CONTEXT_UM: 640}  # of their pictures
