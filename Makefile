@@ -7,7 +7,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 LOWEST := .venv-lowest/bin/python
 INSTALL = $(PYTHON) -m venv .venv && $(RUN) -m pip install --quiet --disable-pip-version-check
-TEST := -m pytest -n 2 --dist worksteal
+TEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 LIGHT := --backbone resnet10t --pretrained False --lr 1e-3
 
 
