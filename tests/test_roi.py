@@ -229,3 +229,16 @@ def test_the_outline_of_tissue_keeps_holes_and_thin_parts():
     whole = max(polygons, key=lambda one: one.area)
     assert whole.area == pytest.approx((20 * 20 - 5 * 5) * 64, rel=0.08)
     assert np.allclose(whole.bounds, (39.5, 39.5, 199.5, 199.5), atol=2.01) and parts_of(whole) == [whole]
+
+
+def test_a_region_partly_outside_its_image_is_said(scanned, tmp_path, caplog):
+    """Half of it lies beyond the left edge; what lies on the image counts."""
+    _, flags = scanned
+    write(tmp_path / "roi/a.tif.geojson", features(box(-300, 0, 300, 700)))
+    succeed("predict.py", *flags, "--roi", tmp_path / "roi", "--out", tmp_path / "out")
+    assert "50 % of the region lies outside the image and does not count" in caplog.text
+    assert found(tmp_path / "out")[1]["region_mm2"] == pytest.approx(300 * 700 * UM**2 / 1e6, abs=1e-6)
+    caplog.clear()
+    write(tmp_path / "roi/a.tif.geojson", features(box(-2, 0, 300, 700)))
+    succeed("predict.py", *flags, "--roi", tmp_path / "roi", "--out", tmp_path / "again")
+    assert "outside" not in caplog.text

@@ -1,6 +1,7 @@
 """Regions of an image: polygons that detections are counted in, and that are cut out of a slide as fields."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,15 @@ from shapely.geometry.base import BaseGeometry
 from dasc.data.annotations import find_annotations, key, match_image, name_of, read_areas
 from dasc.data.shapes import areas_of
 from dasc.errors import InputError
-from dasc.files import replacing
+from dasc.files import replacing, spelt_out
 from dasc.images.slides import Slide
 from dasc.images.tissue import Tissue
 
 SUFFIXES = (".geojson", ".json", ".gz", ".zip")  # of files that hold regions
 BAND_PX = 512  # rows of a region that are read at a time
+OUTSIDE_SHARE = 0.01  # of a region beyond the image, from which it is said; less is how a mouse draws along an edge
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,10 @@ def parts_of(area: BaseGeometry) -> list[shapely.Polygon]:
 
 
 def inside(area: BaseGeometry, slide: Slide, where: str) -> BaseGeometry:
-    """The part of an area that lies on the image's pixels. Raises: InputError naming both where there is none."""
+    """The part of an area that lies on the image's pixels; says how much does not.
+
+    Raises: InputError naming both where nothing does.
+    """
     pixels = shapely.box(-0.5, -0.5, slide.width - 0.5, slide.height - 0.5)
     found = shapely.intersection(area, pixels)
     if not found.area > 0:
@@ -76,6 +83,10 @@ def inside(area: BaseGeometry, slide: Slide, where: str) -> BaseGeometry:
             f"{where}: the region at {box} px lies outside {slide.path} of {slide.width} x {slide.height} px; "
             "draw it on this image"
         )
+    outside = 1 - found.area / area.area
+    if outside >= OUTSIDE_SHARE:
+        place = spelt_out(str(where))
+        logger.warning("%s: %.0f %% of the region lies outside the image and does not count", place, 100 * outside)
     return areas_of(found)
 
 
