@@ -1,6 +1,7 @@
 """The networks: a timm backbone cut at one stride with a class activation map (CAM) head, and two of them in one."""
 
 import copy
+import functools
 import itertools
 
 import timm
@@ -32,7 +33,7 @@ class CamNetwork(nn.Module):
         if stride not in strides:
             raise InputError(f"backbone {backbone}: has feature maps at strides {strides}, none at {stride}")
         options = {"features_only": True, "out_indices": (strides.index(stride),)}
-        _check_maps(backbone, stride, options)
+        _check_maps(backbone, stride, strides.index(stride))
         try:
             self.backbone = timm.create_model(backbone, pretrained=pretrained, **options)
         except Exception as error:  # hub clients raise types of their own, one family per release
@@ -84,6 +85,7 @@ class DualNetwork(nn.Module):
         return torch.stack([cam.amax(dim=(2, 3)) for cam in cams]), both.mean(dim=(2, 3))
 
 
+@functools.cache  # two networks in one, and every later one of a process, are looked at once
 def _feature_strides(backbone: str) -> list[int]:
     if not timm.is_model(backbone):
         near = timm.list_models(f"*{backbone[:6]}*")[:5] or timm.list_models("resnet1*")[:5]
@@ -95,12 +97,13 @@ def _feature_strides(backbone: str) -> list[int]:
         raise InputError(f"backbone {backbone}: gives no feature maps; choose a convolutional one") from error
 
 
+@functools.cache
 @torch.no_grad()
-def _check_maps(backbone: str, stride: int, options: dict) -> None:
+def _check_maps(backbone: str, stride: int, index: int) -> None:
     """Raise InputError where a backbone gives no map (B, C, h, w) of a patch of any size, as transformers do not."""
     try:
         with torch.device("meta"):  # shapes only
-            network = timm.create_model(backbone, **options).eval()
+            network = timm.create_model(backbone, features_only=True, out_indices=(index,)).eval()
             shape = tuple(network(torch.zeros(1, 3, TRIED_PX, TRIED_PX))[-1].shape)
         found = f"gives {shape}"
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -123,12 +126,14 @@ def fold_batch_norms(network: CamNetwork) -> CamNetwork:
     """
     patches = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     patches = patches.to(next(network.parameters()).device)
-    plain, folded = copy.deepcopy(network).eval(), copy.deepcopy(network).eval()
+    folded = copy.deepcopy(network).eval()
+    plain = folded(patches)
     for module in list(folded.modules()):
         children = list(module.named_children())
         for (first, convolution), (second, norm) in itertools.pairwise(children):
             if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(module, first, fuse_conv_bn_eval(convolution, norm))
                 setattr(module, second, getattr(norm, "act", nn.Identity()))  # timm's batch norms hold the activation
-    same = torch.allclose(folded(patches), plain(patches), rtol=1e-3, atol=1e-3)
-    return folded.to(memory_format=torch.channels_last) if same else plain
+    if torch.allclose(folded(patches), plain, rtol=1e-3, atol=1e-3):
+        return folded.to(memory_format=torch.channels_last)
+    return copy.deepcopy(network).eval()

@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dasc.data.tables import LABELS
@@ -170,16 +171,15 @@ def contact_sheet(
                 texts.append((left, above + TILE_PX + CAPTION_PX - 4, str(captions[index])[:20], 6.5))
         top += -(-shown // columns) * row_px
     width, height = 2 * MARGIN_PX + columns * (TILE_PX + GAP_PX) - GAP_PX, top + MARGIN_PX
-    sheet = np.full((height, width, 3), 255, np.uint8)
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    for left, baseline, text, size in texts:
+        figure.text(left / width, 1 - baseline / height, _literal(text), fontsize=size)
+    sheet = _pixels(figure)
     for left, above, patch in tiles:
         shrinks = max(patch.shape[:2]) > TILE_PX
         resized = cv2.resize(patch, (TILE_PX, TILE_PX), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
         sheet[above : above + TILE_PX, left : left + TILE_PX] = resized
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    figure.figimage(sheet)
-    for left, baseline, text, size in texts:
-        figure.text(left / width, 1 - baseline / height, _literal(text), fontsize=size)
-    _save(path, figure)
+    write_png(path, sheet)
 
 
 def overlay(
@@ -261,8 +261,14 @@ def write_png(path: Path, image: np.ndarray) -> None:
 
 
 def _save(path: Path, figure: Figure) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    write_png(path, _pixels(figure))
+
+
+def _pixels(figure: Figure) -> np.ndarray:
+    """The figure as drawn, (H, W, 3) uint8 RGB; savefig would lay it out twice."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return cv2.cvtColor(np.asarray(canvas.buffer_rgba()), cv2.COLOR_RGBA2RGB)
 
 
 def _literal(text: str) -> str:
