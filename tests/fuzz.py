@@ -337,6 +337,13 @@ class Child:
             return f"no end after {limit_s} s"
         return f"the process ended: {signal.Signals(-status).name if status < 0 else status}"
 
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.process:
+            self.end()
+
     def end(self) -> int:
         if self.process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -349,14 +356,16 @@ class Child:
         return status
 
 
-def fuzz(seconds: float, seed: int, kinds: list[str], first: int = 0, keep: Path | None = None) -> tuple[dict, dict]:
-    """Try inputs of every kind in turn, `seconds` in all.
+def fuzz(
+    child: Child, seconds: float, seed: int, kinds: list[str], first: int = 0, keep: Path | None = None
+) -> tuple[dict, dict]:
+    """Have the child try inputs of every kind in turn, `seconds` in all.
 
     Returns: per kind how many were read, refused and found; per finding's last lines the inputs (kind, number, text).
     """
     bases = {kind: KINDS[kind].base() for kind in kinds}
     counts, findings = {kind: Counter() for kind in kinds}, {}
-    spent, child = Counter(dict.fromkeys(kinds, 0.0)), Child()
+    spent = Counter(dict.fromkeys(kinds, 0.0))
     with tempfile.TemporaryDirectory(prefix="fuzz") as scratch:
         folder = Path(scratch, "input")
         for kind in kinds:
@@ -379,8 +388,6 @@ def fuzz(seconds: float, seed: int, kinds: list[str], first: int = 0, keep: Path
                     lay(keep / f"{len(findings)} {kind} {number}", files)
                     (keep / f"{len(findings)} {kind} {number}.txt").write_text(answer)
             spent[kind] += time.monotonic() - start
-        if child.process:
-            child.end()
     return counts, findings
 
 
@@ -404,7 +411,9 @@ def main() -> int:
     if args.work:
         work()
         return 0
-    counts, findings = fuzz(args.seconds, args.seed, [args.kind] if args.kind else list(KINDS), args.first, args.keep)
+    with Child() as child:
+        kinds = [args.kind] if args.kind else list(KINDS)
+        counts, findings = fuzz(child, args.seconds, args.seed, kinds, args.first, args.keep)
     for kind, count in counts.items():
         print(
             f"{kind}: {count.total()} tried, {count['read']} read, {count['refused']} refused, {count['found']} found"

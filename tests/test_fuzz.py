@@ -7,11 +7,20 @@ import pytest
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory and asks /proc")
 
 
-def test_broken_inputs_are_read_or_refused(request, record_property):
+@pytest.fixture(scope="module")
+def child():
+    """The process that reads, one for both tests: it takes seconds to start."""
+    from fuzz import Child
+
+    with Child() as child:
+        yield child
+
+
+def test_broken_inputs_are_read_or_refused(child, request, record_property):
     from fuzz import KINDS, fuzz
 
     seed, seconds = request.config.getoption("--seed"), request.config.getoption("--fuzz_seconds")
-    counts, findings = fuzz(seconds, seed, list(KINDS))
+    counts, findings = fuzz(child, seconds, seed, list(KINDS))
     tried = ", ".join(f"{kind} {count.total()}" for kind, count in counts.items())
     record_property("broken inputs tried", f"seed {seed}, {sum(count.total() for count in counts.values())}: {tried}")
     assert all(count["refused"] for count in counts.values()), counts
@@ -22,18 +31,13 @@ def test_broken_inputs_are_read_or_refused(request, record_property):
     assert not findings, "\n\n".join(again)
 
 
-def test_the_fuzzing_tells_what_goes_wrong(tmp_path):
-    from fuzz import Child
-
-    child, folder = Child(limit_s=5), tmp_path / "input"
+def test_the_fuzzing_tells_what_goes_wrong(child, tmp_path, monkeypatch):
+    monkeypatch.setattr(child, "limit_s", 5)
+    folder = tmp_path / "input"
     folder.mkdir()
-    try:
-        assert "SIGABRT" in child.read("crash", folder)
-        assert "MemoryError" in child.read("memory", folder)
-        assert child.read("outside", folder).startswith("written outside the output folder")
-        assert child.read("inside", folder) == "read"
-        assert child.read("table CSV", folder).startswith("refused: ")
-        assert child.read("hang", folder) == "no end after 5 s"
-    finally:
-        if child.process:
-            child.end()
+    assert "MemoryError" in child.read("memory", folder)
+    assert child.read("outside", folder).startswith("written outside the output folder")
+    assert child.read("inside", folder) == "read"
+    assert child.read("table CSV", folder).startswith("refused: ")
+    assert "SIGABRT" in child.read("crash", folder)
+    assert child.read("hang", folder) == "no end after 5 s"
