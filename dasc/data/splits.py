@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
-from sklearn.model_selection import StratifiedGroupKFold
 
 from dasc.errors import InputError
 
@@ -97,6 +96,8 @@ def draw_slides(labels: np.ndarray, cases: np.ndarray, folds: int, seed: int) ->
             f"{counts[0]} negative patches: train, val and test each need a slide of their own, as no slide is "
             "divided; add slides, or name --val and leave out the test"
         )
+    from sklearn.model_selection import StratifiedGroupKFold  # a second, which only dealing out at random needs
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a label with fewer patches than folds: the caller checks
         drawn = StratifiedGroupKFold(max(3, min(folds, len(slides), counts.max())), shuffle=True, random_state=seed)

@@ -1,6 +1,6 @@
 """What a count of mitoses tells: its interval, and its density where the area is large enough for one."""
 
-from scipy.stats import chi2
+from scipy.special import gammaincinv
 
 SMALLEST_MM2 = 0.5  # tissue below which no density is given: one mitosis there is more than 2 per mm2, and guidelines
 # count in 2 mm2
@@ -13,8 +13,8 @@ def poisson_interval(count: int, confidence: float = CONFIDENCE) -> tuple[float,
     It tells how far chance moves a count, not how far the model is wrong.
     """
     outside = (1 - confidence) / 2
-    low = chi2.ppf(outside, 2 * count) / 2 if count else 0.0
-    return float(low), float(chi2.ppf(1 - outside, 2 * count + 2) / 2)
+    low = gammaincinv(count, outside) if count else 0.0
+    return float(low), float(gammaincinv(count + 1, 1 - outside))
 
 
 def per_mm2(count: float, area_mm2: float) -> float:
