@@ -44,7 +44,6 @@ from dasc.data.cut import read_cut_fields
 from dasc.data.tables import write_table
 from dasc.errors import InputError
 from dasc.files import file_name, sha256, write_json
-from dasc.report.plots import agreement
 from dasc.review import collect, outcome, queue
 from dasc.review.answers import AnswerFile, check_reader
 from dasc.review.crops import Crops, check_images
@@ -138,6 +137,8 @@ def closing_command(args) -> str:
 
 def collect_answers(args) -> int:
     """Write what the answers of all readers say."""
+    from dasc.report.plots import agreement  # a third of the start, which the server and its page do not need
+
     out = Path(args.out)
     files = collect.named(args.collect)
     table, answers = collect.read_all(files, out / "queue.csv")

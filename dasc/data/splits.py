@@ -89,6 +89,8 @@ def draw_slides(labels: np.ndarray, cases: np.ndarray, folds: int, seed: int) ->
     Raises:
         InputError: fewer slides or patches than three sides need.
     """
+    from sklearn.model_selection import StratifiedGroupKFold  # a second, which only dealing out at random needs
+
     slides, counts = sorted(set(cases)), np.bincount(labels, minlength=2)
     if len(slides) < 3 or counts.max() < 3:
         raise InputError(
@@ -96,8 +98,6 @@ def draw_slides(labels: np.ndarray, cases: np.ndarray, folds: int, seed: int) ->
             f"{counts[0]} negative patches: train, val and test each need a slide of their own, as no slide is "
             "divided; add slides, or name --val and leave out the test"
         )
-    from sklearn.model_selection import StratifiedGroupKFold  # a second, which only dealing out at random needs
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a label with fewer patches than folds: the caller checks
         drawn = StratifiedGroupKFold(max(3, min(folds, len(slides), counts.max())), shuffle=True, random_state=seed)
