@@ -100,10 +100,10 @@ class Found(NamedTuple):
 def main(args) -> int:
     model_path, out = Path(args.model_path), Path(args.out)
     fields, annotations, skipped, corrections = fields_to_scan(args, out)
+    shards = Shards(args, fields)
     detector = as_asked(load_detector(model_path, pick_device(args.device, args.shard)), model_path, args)
     threshold = resolve_threshold(args.threshold, detector.threshold, detector.val_curve, model_path)
     smallest = min(args.smallest, threshold)
-    shards = Shards(args, fields)
     if args.shard:  # what cannot be read at all is named by the run that merges
         fields, skipped = shards.begin(), {}
     found = scan_images(fields, annotations, skipped, detector, threshold, smallest, args)
