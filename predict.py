@@ -9,7 +9,7 @@ and curve.png (what other thresholds would give) too.
 
 from typing import Literal
 
-from dasc.flags import Amount, Count, Device, Layout, Natural, NumberOrTable, Share, read_flags
+from dasc.flags import Amount, Count, Device, Layout, Natural, NumberOrTable, Shard, Share, read_flags
 
 # Edit here, or override one run with the flag of the same name.
 IMAGES: list[str] = ["data/sample/images"]  # image files, or folders of them
@@ -51,6 +51,9 @@ BATCH_SIZE: Count = 256  # patches scored together; less takes less memory
 WORKERS: Count = 2  # threads that read tiles and find candidates
 SEED = 0  # of the bootstrap interval
 RESUME = False  # True: skip the images that an earlier run finished, and go on within the one it was at
+SHARD: Shard = (
+    ""  # share of the images to scan, 2/3: the second of three; empty: torchrun's or a SLURM array's, else all
+)
 
 if __name__ == "__main__":
     args = read_flags(globals())  # before the slow imports: --help and a wrong flag answer at once
@@ -67,7 +70,7 @@ from dasc.data.corrections import UNSURE, correct_dataset
 from dasc.data.datasets import Dataset, drop_outside, read_as_asked
 from dasc.data.regions import find_roi
 from dasc.data.resolutions import asked_um_per_px
-from dasc.detect.image import count_mitoses, find_mitoses, look_over, warnings_of
+from dasc.detect.image import count_mitoses, find_mitoses, look_over
 from dasc.detect.labels import check_labels, check_size
 from dasc.errors import InputError, WriteError
 from dasc.images.find import list_images
@@ -78,8 +81,9 @@ from dasc.judge.calibration import resolve_threshold
 from dasc.model.checkpoint import Detector, load_detector
 from dasc.report.export import write_counts, write_detections
 from dasc.report.judged import write_judgement
-from dasc.report.outputs import image_folder, remove_outputs, write_image
+from dasc.report.outputs import image_folder, remove_outputs, summary, write_image
 from dasc.report.page import report_entry, write_report
+from dasc.report.shards import Shards
 from dasc.report.viewers import write_coco, write_regions
 from dasc.run import pick_device, record_run, run_script
 
@@ -96,21 +100,15 @@ class Found(NamedTuple):
 def main(args) -> int:
     model_path, out = Path(args.model_path), Path(args.out)
     fields, annotations, skipped, corrections = fields_to_scan(args, out)
-    detector = as_asked(load_detector(model_path, pick_device(args.device)), model_path, args)
+    shards = Shards(args, fields)
+    detector = as_asked(load_detector(model_path, pick_device(args.device, args.shard)), model_path, args)
     threshold = resolve_threshold(args.threshold, detector.threshold, detector.val_curve, model_path)
     smallest = min(args.smallest, threshold)
-    found = []
-    for field in tqdm(list(fields.itertuples()), desc="images", unit="image"):
-        truth = None if annotations is None else annotations[annotations["image"] == field.image]
-        try:
-            found.append(scan_image(field, truth, detector, threshold, smallest, args))
-        except WriteError:  # a full disk: every image after this one would fail too
-            raise
-        except InputError as error:
-            skipped[field.image] = str(error)
-            tqdm.write(f"skipped {field.image}: {error}", file=sys.stderr)
-    for name in skipped:
-        remove_outputs(image_folder(out, name), args.resume)
+    if args.shard:  # what cannot be read at all is named by the run that merges
+        fields, skipped = shards.begin(), {}
+    found = scan_images(fields, annotations, skipped, detector, threshold, smallest, args)
+    if args.shard:
+        return shards.end(len(found), len(skipped))
     if not found:
         raise InputError(f"none of the {len(skipped)} images could be read; the first: {next(iter(skipped.values()))}")
 
@@ -130,6 +128,7 @@ def main(args) -> int:
         threshold=threshold,
         skipped=skipped,
         corrections=corrections,
+        shards=shards.by,
     )
     if args.report:
         calibration = f"probabilities {'' if detector.calibration.fitted else 'not '}calibrated on validation"
@@ -137,6 +136,7 @@ def main(args) -> int:
         write_report(out / "report.html", entries, skipped, judged, threshold, calibration, run)
     print("\n".join([summary(counts, skipped), *judged]))
     print(f"detections, tables and report.html are in {out}; {len(skipped)} images skipped")
+    shards.merged()
     return 1 if skipped else 0
 
 
@@ -153,6 +153,23 @@ def as_asked(detector: Detector, path: Path, args) -> Detector:
         print(f"--score_alignment False: the threshold of {path} was chosen with aligned scores")
         calibration = dataclasses.replace(calibration, alignment=None)
     return dataclasses.replace(detector, calibration=calibration, **asked)
+
+
+def scan_images(fields, annotations, skipped, detector, threshold, smallest, args) -> list[Found]:
+    """Scan the images; adds those skipped to `skipped`, with the reason, and removes an earlier run's files of them."""
+    found = []
+    for field in tqdm(list(fields.itertuples()), desc="images", unit="image"):
+        truth = None if annotations is None else annotations[annotations["image"] == field.image]
+        try:
+            found.append(scan_image(field, truth, detector, threshold, smallest, args))
+        except WriteError:  # a full disk: every image after this one would fail too
+            raise
+        except InputError as error:
+            skipped[field.image] = str(error)
+            tqdm.write(f"skipped {field.image}: {error}", file=sys.stderr)
+    for name in skipped:
+        remove_outputs(image_folder(Path(args.out), name), args.resume)
+    return found
 
 
 def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold: float, smallest: float, args) -> Found:
@@ -213,7 +230,7 @@ def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold:
             match=args.match,
         )
         entry = None
-        if args.report:
+        if args.report and not args.shard:
             entry = report_entry(slide, um_per_px, overview, written, hotspot, facts, args.thumbnails)
     return Found(detections, facts, truth, entry)
 
@@ -284,19 +301,6 @@ def dataset_fields(args) -> tuple[Dataset, pd.DataFrame, pd.DataFrame, dict[str,
             f"can be judged; looked for {dataset.looked_for}; see --split, --val and --test"
         )
     return dataset, fields.assign(file=[dataset.root / path for path in fields["path"]]), annotations, corrections
-
-
-def summary(counts: pd.DataFrame, skipped: dict[str, str]) -> str:
-    """The table printed at the end: a line per image, those skipped with the reason, and the notes on images."""
-    columns = ["image", "mitoses", "mitoses_low", "mitoses_high", "tissue_mm2", "mitoses_per_mm2"]
-    shown = counts[[*columns, "hotspot_mitoses", "hotspot_mm2", "hotspot_of", "stain"]]
-    lines = [shown.round(2).to_string(index=False, na_rep="-")]
-    lines += [f"{name}: skipped: {why}" for name, why in skipped.items()]
-    lines += [f"{row['image']}: {note}" for row in counts.to_dict("records") for note in warnings_of(row)]
-    lines.append(
-        f"{counts['mitoses'].sum()} mitoses in {len(counts)} images, {counts['tissue_mm2'].sum():.2f} mm2 of tissue"
-    )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

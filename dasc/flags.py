@@ -10,6 +10,7 @@ import ast
 import builtins
 import io
 import math
+import re
 import sys
 import tokenize
 from collections.abc import Callable, Sequence
@@ -37,6 +38,26 @@ SomeShare = Annotated[float, Range("a number above 0, to 1", 0, 1, above=True)]
 NumberOrTable = Annotated[str, Range("a number of 0 or more, or a CSV file", 0)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Layout = Literal["sample", "midog", "mitos14", "tupac16", "tupac16_al", "table"]  # of a dataset: data/readers.py
+
+
+class Shard(str):
+    """Which of several runs that share their images this is: 2/3 is the second of three; empty: a run of its own."""
+
+    def __new__(cls, text: str) -> "Shard":
+        found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
+        if text and not (found and 1 <= int(found[1]) <= int(found[2])):
+            raise argparse.ArgumentTypeError(f"expected 1/3 for the first of three, up to 3/3, found {text!r}")
+        return super().__new__(cls, f"{int(found[1])}/{int(found[2])}" if found else "")
+
+    @property
+    def number(self) -> int:
+        """From 1."""
+        return int(self.partition("/")[0])
+
+    @property
+    def of(self) -> int:
+        return int(self.partition("/")[2])
+
 
 # Flags of earlier versions and what stands in their place. A script that still has one of them takes it.
 GONE = {

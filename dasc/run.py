@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import glob
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -17,12 +19,16 @@ from filelock import FileLock, Timeout
 
 from dasc.errors import InputError, WriteError
 from dasc.files import sha256, write_json
+from dasc.flags import Shard
 
 if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 STARTED = time.time()
+DOOR_S = 30.0  # a shard waits so long for others that begin just now
+TORCHRUN = ("RANK", "WORLD_SIZE")  # the ranks count from 0
+SLURM_ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX")
 PACKAGES = (  # whatever reads pixels, computes or draws
     "torch",
     "torchvision",
@@ -48,12 +54,15 @@ def run_script(
     """Call `main(args)` and leave with its exit status; an InputError becomes one line and status 1.
 
     `main` returns None or 0 when all went well and 1 when something was skipped. No other run can write to the folder
-    `out` (None: args.out) meanwhile.
+    `out` (None: args.out) meanwhile; other shards of this one can. A script with a flag --shard finds there what
+    `pick_shard` says.
     """
     if hasattr(sys.stdout, "reconfigure"):  # a name that is not UTF-8 is printed spelt out, as on standard error
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with only_run(Path(out or args.out)):
+        if hasattr(args, "shard"):
+            args.shard = pick_shard(args.shard)
+        with only_run(Path(out or args.out), getattr(args, "shard", "")):
             status = main(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -71,8 +80,51 @@ def run_script(
     sys.exit(status)
 
 
-def pick_device(name: str) -> "torch.device":
-    """Turn `--device` (auto, cpu, cuda, mps) into a device; auto takes the first of cuda, mps, cpu that is there."""
+def pick_shard(shard: Shard) -> Shard:
+    """The shard of this run: the flag's, else what torchrun and a SLURM array say; says which decided.
+
+    Runs of torchrun within the tasks of an array share what falls to their task. A launcher of one run alone shares
+    nothing.
+    """
+    by = ["--shard"]
+    if not shard:
+        index, of, by = 0, 1, []
+        if task := _variables(SLURM_ARRAY):
+            number, of, low, high = task
+            if high - low + 1 != of or not low <= number <= high:
+                raise InputError(
+                    f"SLURM_ARRAY_TASK_ID {number}: one of {of} tasks from {low} to {high}, expected an array without "
+                    "gaps, such as --array=0-7; give --shard I/N to run some of its tasks"
+                )
+            index, by = number - low, ["SLURM_ARRAY_TASK_ID"]
+        if ranks := _variables(TORCHRUN):
+            rank, size = ranks
+            if rank >= size:
+                raise InputError(f"RANK {rank}: expected 0 to {size - 1} by WORLD_SIZE {size}; or give --shard I/N")
+            index, of, by = index * size + rank, of * size, [*by, "RANK"]
+        if of == 1:
+            return shard
+        shard = Shard(f"{index + 1}/{of}")
+    print(f"shard {shard}, by {' and '.join(by)}")
+    return shard
+
+
+def _variables(names: tuple[str, ...]) -> list[int]:
+    """The whole numbers in variables of the environment that are set together; empty where none is set."""
+    found = {name: os.environ.get(name, "") for name in names}
+    for name, text in found.items():
+        if any(found.values()) and not re.fullmatch("[0-9]{1,9}", text):
+            others = " and ".join(other for other in names if other != name and found[other])
+            what = f"{text!r}, expected a whole number" if text else f"not set, although {others} is"
+            raise InputError(f"{name}: {what}; set all of {', '.join(names)} or none, or give --shard I/N")
+    return [int(text) for text in found.values() if text]
+
+
+def pick_device(name: str, shard: str = "") -> "torch.device":
+    """Turn `--device` (auto, cpu, cuda, mps) into a device; auto takes the first of cuda, mps, cpu that is there.
+
+    Of several CUDA devices a shard takes the one that torchrun names in LOCAL_RANK.
+    """
     import torch  # here: scripts that use no network start in a fraction of the time
 
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -84,24 +136,53 @@ def pick_device(name: str) -> "torch.device":
         raise InputError(f"--device {name}: expected auto, cpu, cuda or mps")
     elif not available[name]:
         raise InputError(f"--device {name}: not available on this machine; --device auto picks what is")
+    local = os.environ.get("LOCAL_RANK", "")
+    if name == "cuda" and shard and local:
+        count = torch.cuda.device_count()
+        if not re.fullmatch("[0-9]{1,9}", local) or int(local) >= count:
+            raise InputError(f"LOCAL_RANK {local}: {count} CUDA devices are seen here; start at most one run for each")
+        name = f"cuda:{int(local)}"
     return torch.device(name)
 
 
 @contextlib.contextmanager
-def only_run(out: Path) -> Iterator[None]:
+def only_run(out: Path, shard: str = "") -> Iterator[None]:
     """Hold the folder `out` for this run: a second run on it raises InputError.
 
     The lock `.<name>.lock` says which process of which host holds it. It lies beside `out`, which some scripts replace
     as a whole, or within it where the folder above cannot be written. The system frees the lock of a killed run,
-    whose file is taken over.
+    whose file is taken over. A shard holds `.<name>.2_of_3.lock`, and the other lock only while it takes its own.
     """
     out = Path(out).resolve()
     made = not out.parent.exists()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        folder = out.parent if os.access(out.parent, os.W_OK) else out
-        path = folder / f".{out.name}.lock"
-        lock = FileLock(path, timeout=0)
+    except OSError as error:
+        raise WriteError(f"{out}: cannot be written ({error.strerror or error})") from error
+    folder = out.parent if os.access(out.parent, os.W_OK) else out
+    try:
+        with contextlib.ExitStack() as held:
+            with contextlib.ExitStack() as door:
+                door.enter_context(_locked(folder / f".{out.name}.lock", out, DOOR_S if shard else 0))
+                if shard:
+                    held.enter_context(_locked(folder / f".{out.name}.{shard.replace('/', '_of_')}.lock", out))
+                else:
+                    for path in folder.glob(f".{glob.escape(out.name)}.[0-9]*_of_[0-9]*.lock"):
+                        with _locked(path, out):  # that of a killed shard goes
+                            pass
+                    held.enter_context(door.pop_all())
+            yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # where nothing was written
+
+
+@contextlib.contextmanager
+def _locked(path: Path, out: Path, timeout: float = 0) -> Iterator[None]:
+    """Hold the lock `path` of the folder `out`; raises InputError where another process does for `timeout` s."""
+    lock = FileLock(path, timeout=timeout)
+    try:
         lock.acquire()
     except Timeout as error:
         raise InputError(
@@ -111,15 +192,17 @@ def only_run(out: Path) -> Iterator[None]:
         raise WriteError(f"{out}: cannot be written ({error.strerror or error})") from error
     try:
         with contextlib.suppress(OSError):  # a full disk; Windows lets nobody write to a locked file
-            path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+            path.write_text(this_process(), encoding="utf-8")
         yield
     finally:
         with contextlib.suppress(OSError):  # there nobody deletes it either
             path.unlink()
         lock.release()
-        if made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # where nothing was written
+
+
+def this_process() -> str:
+    """Which process of which host this is."""
+    return f"process {os.getpid()} on {platform.node()}"
 
 
 def _holder(path: Path) -> str:

@@ -139,15 +139,27 @@ def run_child(
 
     prepare: a function of a module, called in the child before the script.
     """
+    return end_child(start_child(log, script, *flags, moment=moment, prepare=prepare), log)
+
+
+def start_child(
+    log: Path, script: str, *flags: object, moment: Moment | None = None, prepare: Callable[[], None] | None = None
+) -> multiprocessing.Process:
+    """As `run_child`, without waiting: several may run at once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "moments", *MODULES])
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # older Pythons do not tell the server
         forkserver.ensure_running()
     process = context.Process(target=child, args=(script, [*map(str, flags)], str(log), moment, prepare))
     process.start()
+    return process
+
+
+def end_child(process: multiprocessing.Process, log: Path) -> Run:
+    """Wait for the end of a child that keeps this log."""
     process.join(LIMIT_S)
     if process.is_alive():
         process.kill()
-        raise AssertionError(f"{script}: not at its end after {LIMIT_S} s\n{log.read_text()}")
+        raise AssertionError(f"{log}: not at its end after {LIMIT_S} s\n{log.read_text()}")
     happened = Path(f"{log}.moments").read_text().splitlines()
     return Run(process.exitcode, happened, log.read_text(errors="replace"))

@@ -13,6 +13,14 @@ from dasc.files import write_json
 COLUMNS = ["x_px", "y_px", "probability"]
 
 
+def is_finished(path: Path) -> bool:
+    """Whether the scan in a file came to its end; `SavedScan` says whether it may be gone on with."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["finished"] is True
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
 class SavedScan:
     """The scan of one image in a JSON file: its settings, how far it is, and what was found.
 

@@ -31,6 +31,14 @@ def content_sha256(path: Path) -> str:
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
+def content_bytes(path: Path) -> int:
+    """Size of a slide's files together; 0 where they cannot be read."""
+    try:
+        return sum(part.stat().st_size for part in parts_of(path))
+    except OSError:
+        return 0
+
+
 def parts_of(path: Path) -> list[Path]:
     """The files of a slide, the one at `path` first: MRXS has a folder, VMS and VMU name theirs, DICOM is a series."""
     others: list[Path] = []

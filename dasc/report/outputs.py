@@ -1,4 +1,4 @@
-"""What predict.py writes of one image, in a folder of the image's name."""
+"""What predict.py writes of one image, in a folder of the image's name, and what it prints of all of them."""
 
 import sys
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from dasc.detect.image import warnings_of
 from dasc.errors import InputError
 from dasc.files import file_name, writing
 from dasc.images.slides import Slide
@@ -74,3 +75,16 @@ def write_image(
         points = None if truth is None else truth.loc[truth["label"] == 1, ["x_px", "y_px"]].to_numpy(float)
         image = slide.read_region(0, 0, 0, slide.width, slide.height)
         write_png(folder / "overlay.png", overlay(image, detections, um_per_px, points, match))
+
+
+def summary(counts: pd.DataFrame, skipped: dict[str, str]) -> str:
+    """The table printed at the end: a line per image, those skipped with the reason, and the notes on images."""
+    columns = ["image", "mitoses", "mitoses_low", "mitoses_high", "tissue_mm2", "mitoses_per_mm2"]
+    shown = counts[[*columns, "hotspot_mitoses", "hotspot_mm2", "hotspot_of", "stain"]]
+    lines = [shown.round(2).to_string(index=False, na_rep="-")]
+    lines += [f"{name}: skipped: {why}" for name, why in skipped.items()]
+    lines += [f"{row['image']}: {note}" for row in counts.to_dict("records") for note in warnings_of(row)]
+    lines.append(
+        f"{counts['mitoses'].sum()} mitoses in {len(counts)} images, {counts['tissue_mm2'].sum():.2f} mm2 of tissue"
+    )
+    return "\n".join(lines)
