@@ -57,7 +57,7 @@ QUICK = {  # as small as can be, to see that every part works
     "slide": {"width": 512, "height": 512, "tissue_px": 512, "corner": 0},
     "steps": {"patch_size": 32, "batch_size": 8, "stride": 16, "rounds": 1},
     "subclass": {"patch_size": 32, "batch_size": 16, "stride": 16, "rounds": 1},
-    "backbones": ["resnet10t"],
+    "backbones": ["mobilenetv3_small_100"],
     "crop_px": 600,
 }
 
@@ -231,7 +231,7 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pack_mib", type=float, default=40.0, help="of --pack: largest size")
     args = parser.parse_args(words)
     if args.quick:
-        args.epochs, args.backbone = args.epochs or 1, "resnet10t"
+        args.epochs, args.backbone = args.epochs or 1, QUICK["backbones"][0]
     return args
 
 
