@@ -3,6 +3,7 @@
 # make test   lint and all tests
 # make test-lowest   all tests with the lowest versions that requirements.txt allows (some 3 GB to download)
 # make mitos14 DATA=folder   the pipeline on MITOS-ATYPIA-14, less than an hour on 2 cores
+# make gpu    what needs a GPU: checks, speed, a training; at most 8 minutes (tests/README.md)
 PYTHON ?= python3
 RUN := .venv/bin/python
 LOWEST := .venv-lowest/bin/python
@@ -22,7 +23,7 @@ P14 := data/mitos14
 R14 := results/mitos14
 resume = $(if $(wildcard $(R14)/$(1)/last.pt),--resume)
 
-.PHONY: demo mitos14 test test-lowest clean
+.PHONY: demo mitos14 test test-lowest gpu clean
 
 .venv/installed: requirements.txt
 	$(INSTALL) -r $<
@@ -93,6 +94,14 @@ test: .venv/installed-dev
 
 test-lowest: .venv-lowest/installed
 	$(LOWEST) $(TEST)
+
+# make gpu: PATCHES=file of `python tests/gpu.py --pack`; without it a synthetic sample is trained on.
+# RUN=python3: with the packages that are installed already, so that nothing is downloaded. GPU=flags of tests/gpu.py.
+PATCHES ?=
+GPU ?=
+
+gpu: $(if $(filter .venv/%,$(RUN)),.venv/installed)
+	$(RUN) tests/gpu.py $(if $(PATCHES),--patches $(PATCHES)) $(GPU)
 
 clean:
 	rm -rf .venv .venv-lowest .pytest_cache .ruff_cache .hypothesis

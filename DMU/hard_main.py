@@ -51,6 +51,7 @@ from dasc.files import write_csv
 from dasc.model import loop
 from dasc.model.augment import training_view
 from dasc.model.checkpoint import read_last, training_settings
+from dasc.model.transfer import gather, read_later, resident, upload
 from dasc.report.plots import curves
 from dasc.run import pick_device, record_run, run_script
 
@@ -142,27 +143,31 @@ def train(
     strengths = (args.stain, args.light, args.focus)
     seen_after = loop.epochs_of(args.seen_after_share, args.epochs)
     guard = loop.LossGuard(args.nan_steps, -(-len(of_label) // args.batch_size))
+    learned = [resident(one, device) for one in (patches, of_label)]
     for epoch in range(done, args.epochs):
         generator = loop.epoch_generator(args.seed, epoch)
         network.train()
         total, skipped = 0.0, 0
         draws = torch.multinomial(1 / frequency[of_label], len(of_label), replacement=True, generator=generator)
         for batch in tqdm(loop.batches(draws, args.batch_size), f"{word}, epoch {epoch}", leave=False):
-            views = training_view(patches[batch].to(device), generator, *strengths)
+            shown, truth = gather(learned, batch, device)
+            views = training_view(shown, generator, *strengths)
             with loop.autocast(device):
-                loss = F.cross_entropy(network(views).float(), of_label[batch].to(device))
+                loss = F.cross_entropy(network(views).float(), truth)
+            read = read_later(loss[None])
+            optimizer.zero_grad()
+            loss.backward()
+            (loss,) = read()
             if guard.passes_over(loss, epoch):
                 skipped += len(batch)
                 continue
-            optimizer.zero_grad()
-            loss.backward()
             optimizer.step()
-            total += loss.item() * len(batch)
+            total += loss * len(batch)
 
         row = {"label": word, "epoch": epoch, "loss": total / (len(of_label) - skipped), "correct": float("nan")}
         row["skipped"] = skipped
         if epoch >= seen_after:  # every patch once, so that every share rests on as many views
-            right = predict(network, patches, generator, strengths, 2 * args.batch_size) == of_label
+            right = predict(network, learned[0], generator, strengths, 2 * args.batch_size) == of_label
             state["seen"][members] += 1
             state["correct"][members] += right
             row["correct"] = right.float().mean().item()
@@ -176,15 +181,15 @@ def predict(network, patches, generator, strengths, batch_size) -> torch.Tensor:
     """Level (N,) of one augmented view of every patch (N, 3, S, S), in evaluation mode."""
     network.eval()
     device = next(network.parameters()).device
-    predicted = []
+    parts = []
     for batch in patches.split(batch_size):
-        views = training_view(batch.to(device), generator, *strengths)
+        views = training_view(upload(batch, device), generator, *strengths)
         with loop.autocast(device):
-            logits = network(views).float()
-        if not torch.isfinite(logits).all():
-            raise InputError("the network's outputs are not finite: the training has diverged; lower --lr")
-        predicted.append(logits.argmax(dim=1).cpu())
-    return torch.cat(predicted)
+            parts.append(network(views).float())
+    logits = torch.cat(parts).cpu()
+    if not torch.isfinite(logits).all():
+        raise InputError("the network's outputs are not finite: the training has diverged; lower --lr")
+    return logits.argmax(dim=1)
 
 
 def draw_log(path: Path, log: pd.DataFrame) -> None:

@@ -79,6 +79,7 @@ from dasc.model.checkpoint import read_last, training_settings
 from dasc.model.clusters import concentration, subclasses
 from dasc.model.inference import embed_patches, score_patches
 from dasc.model.network import fold_batch_norms
+from dasc.model.transfer import gather, read_later, resident
 from dasc.report.plots import contact_sheet, embedding, reliability
 from dasc.report.trained import write_detector
 from dasc.run import pick_device, record_run, run_script
@@ -161,6 +162,7 @@ def train(network, patches, points_px, rows, val_patches, val_labels, settings, 
     cluster_every = max(1, round(args.cluster_every_share * args.epochs))
     steps = -(-len(labels) // args.batch_size)
     guard = loop.LossGuard(args.nan_steps, steps)
+    learned = [resident(one, device) for one in (patches, labels, hardness)]
     for epoch in range(len(log), args.epochs):
         generator = loop.epoch_generator(args.seed, epoch)
         if epoch >= contrast_labels and (epoch - contrast_labels) % cluster_every == 0:
@@ -168,14 +170,15 @@ def train(network, patches, points_px, rows, val_patches, val_labels, settings, 
             groups = torch.from_numpy(subclasses(features, labels.numpy(), args.subclasses, args.seed))
             spread = torch.from_numpy(concentration(features, groups.numpy()))
             spreads = losses.subclass_temperatures(spread, args.temperature)
+        grouped = [resident(one, device) for one in (groups, spreads[groups].float())]
         network.train()
         totals, skipped = dict.fromkeys(LOSSES, 0.0), 0
         order = loop.batches(loop.balanced_order(labels, generator), args.batch_size)
         progress = tqdm(order, f"epoch {epoch}", leave=False)
         for step, batch in enumerate(progress):
             optimizer.param_groups[0]["lr"] = args.lr * loop.cosine((epoch + step / steps) / args.epochs)
-            shown, points, batch_labels, hard = (x[batch].to(device) for x in (patches, points_px, labels, hardness))
-            views, points = located_view(shown, points, generator, args.stain, args.light, args.focus)
+            shown, batch_labels, hard = gather(learned, batch, device)
+            views, points = located_view(shown, points_px[batch], generator, args.stain, args.light, args.focus)
             with loop.autocast(device):
                 maps = network.features(views)
                 cam = network.cam(maps)
@@ -186,23 +189,23 @@ def train(network, patches, points_px, rows, val_patches, val_labels, settings, 
                 contrastive = losses.supervised_contrastive(z, batch_labels, args.temperature)
             else:
                 softer, weights = 1 + args.level_temperature * hard, 1 - args.level_weight * hard
-                group = groups[batch]
-                temperatures = args.temperature * softer, spreads[group].float().to(device) * softer
-                contrastive = losses.subclass_contrastive(
-                    z, batch_labels, group.to(device), *temperatures, weights, args.gamma
-                )
+                group, spread = gather(grouped, batch, device)
+                temperatures = args.temperature * softer, spread * softer
+                contrastive = losses.subclass_contrastive(z, batch_labels, group, *temperatures, weights, args.gamma)
             place = losses.localisation(cam[:, 1], points, patches.shape[-1])
             loss = classification + args.contrastive_weight * contrastive + args.localisation_weight * place
-            if guard.passes_over(loss, epoch):
-                skipped += len(batch)
-                continue
+            read = read_later(torch.stack([loss, classification, contrastive, place]))
             optimizer.zero_grad()
             loss.backward()
+            parts = read()
+            if guard.passes_over(parts[0], epoch):
+                skipped += len(batch)
+                continue
             optimizer.step()
             loop.update_ema(ema, network, args.ema, epoch * steps + step)
-            for name, part in zip(LOSSES, (loss, classification, contrastive, place), strict=True):
-                totals[name] += part.item() * len(batch)
-            progress.set_postfix(loss=f"{loss.item():.3f}", val_f1=f"{log[-1]['val_f1']:.3f}" if log else "-")
+            for name, part in zip(LOSSES, parts, strict=True):
+                totals[name] += part * len(batch)
+            progress.set_postfix(loss=f"{parts[0]:.3f}", val_f1=f"{log[-1]['val_f1']:.3f}" if log else "-")
 
         scores = score_patches(fold_batch_norms(ema), val_patches, 2 * args.batch_size)
         val_f1 = loop.best_f1(val_labels, scores.numpy())

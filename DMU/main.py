@@ -58,6 +58,7 @@ from dasc.model.checkpoint import load_initial_weights, read_last, save_checkpoi
 from dasc.model.losses import generalised_cross_entropy
 from dasc.model.memory import STATES, UNSEEN, VIEWS, Memory, Settings, noise_score, start, thresholds, update
 from dasc.model.network import CLASSES, DualNetwork
+from dasc.model.transfer import gather, read_later, resident, upload
 from dasc.model.views import strong_view, weak_view
 from dasc.report.plots import curves
 from dasc.run import pick_device, record_run, run_script
@@ -124,18 +125,20 @@ def train(network, patches, labels, units: Settings, settings: dict, args) -> tu
     )
     steps = -(-len(labels) // args.batch_size)
     guard = loop.LossGuard(args.nan_steps, steps)
+    learned = [resident(one, device) for one in (patches, labels)]
     network.train()
     for epoch in range(len(log), args.epochs):
         generator = loop.epoch_generator(args.seed, epoch)
-        probabilities = torch.full((len(VIEWS), len(labels), len(CLASSES)), torch.nan)  # NaN: the step was skipped
-        features = torch.zeros(len(labels), network.width, dtype=torch.bool)
+        # On the device until the epoch's end. NaN: the step was skipped.
+        probabilities = torch.full((len(VIEWS), len(labels), len(CLASSES)), torch.nan, device=device)
+        features = torch.zeros(len(labels), network.width, dtype=torch.bool, device=device)
         total = 0.0
         # Every patch exactly once, in batches of nearly one size: no last batch of a patch or two.
         order = torch.randperm(len(labels), generator=generator).tensor_split(steps)
         progress = tqdm(order, f"epoch {epoch}", leave=False)
         for step, batch in enumerate(progress):
             optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (epoch + (step + 1) / steps) / max(warmup, 1e-9))
-            shown, batch_labels = patches[batch].to(device), labels[batch].to(device)
+            shown, batch_labels = gather(learned, batch, device)
             weak = weak_view(shown, generator, args.weak_strength)
             strong = strong_view(shown, generator, args.strong_strength)
             with loop.autocast(device):
@@ -143,18 +146,21 @@ def train(network, patches, labels, units: Settings, settings: dict, args) -> tu
             logits = logits.float()
             losses = generalised_cross_entropy(logits.flatten(0, 1), batch_labels.repeat(len(VIEWS)), args.loss_q)
             loss = view_shares @ (losses.view(len(VIEWS), -1) * weights[batch_labels]).mean(dim=1)
-            if guard.passes_over(loss, epoch):
-                continue
+            read = read_later(loss[None])
             optimizer.zero_grad()
             loss.backward()
+            (loss,) = read()
+            if guard.passes_over(loss, epoch):
+                continue
             optimizer.step()
-            probabilities[:, batch] = logits.detach().softmax(dim=2).cpu()
-            features[batch] = (pooled.detach() > 0).cpu()
-            total += loss.item() * len(batch)
-            progress.set_postfix(loss=f"{loss.item():.3f}", noisy=f"{log[-1]['noisy']:.3f}" if log else "-")
+            there = upload(batch, device)
+            probabilities[:, there] = logits.detach().softmax(dim=2)
+            features[there] = pooled.detach() > 0
+            total += loss * len(batch)
+            progress.set_postfix(loss=f"{loss:.3f}", noisy=f"{log[-1]['noisy']:.3f}" if log else "-")
 
         memory, state = update(
-            memory, labels, probabilities, features, units, epoch >= count_after, epoch >= score_after
+            memory, labels, probabilities.cpu(), features.cpu(), units, epoch >= count_after, epoch >= score_after
         )
         row = {"epoch": epoch, "loss": total, **shares(state, labels)}
         log.append(row | {"loss": total / (len(labels) - row["skipped"])})

@@ -59,6 +59,7 @@ from dasc.model.augment import training_view
 from dasc.model.checkpoint import read_last, training_settings
 from dasc.model.inference import score_patches
 from dasc.model.network import fold_batch_norms
+from dasc.model.transfer import gather, read_later, resident
 from dasc.report.plots import reliability
 from dasc.report.trained import write_detector
 from dasc.run import pick_device, record_run, run_script
@@ -115,6 +116,7 @@ def train(network, patches: dict, labels: dict, settings: dict, args) -> tuple[d
         log, best = loop.restore(last, modules), last["best"]
     steps = -(-len(labels["train"]) // args.batch_size)
     guard = loop.LossGuard(args.nan_steps, steps)
+    learned = [resident(one, device) for one in (patches["train"], labels["train"])]
     for epoch in range(len(log), args.epochs):
         generator = loop.epoch_generator(args.seed, epoch)
         network.train()
@@ -123,19 +125,21 @@ def train(network, patches: dict, labels: dict, settings: dict, args) -> tuple[d
         progress = tqdm(order, f"epoch {epoch}", leave=False)
         for step, batch in enumerate(progress):
             optimizer.param_groups[0]["lr"] = args.lr * loop.cosine((epoch + step / steps) / args.epochs)
-            shown = patches["train"][batch].to(device)
+            shown, truth = gather(learned, batch, device)
             views = training_view(shown, generator, args.stain, args.light, args.focus)
             with loop.autocast(device):
-                loss = F.cross_entropy(network(views).float(), labels["train"][batch].to(device))
+                loss = F.cross_entropy(network(views).float(), truth)
+            read = read_later(loss[None])
+            optimizer.zero_grad()
+            loss.backward()
+            (loss,) = read()
             if guard.passes_over(loss, epoch):
                 skipped += len(batch)
                 continue
-            optimizer.zero_grad()
-            loss.backward()
             optimizer.step()
             loop.update_ema(ema, network, args.ema, epoch * steps + step)
-            total += loss.item() * len(batch)
-            progress.set_postfix(loss=f"{loss.item():.3f}", val_f1=f"{log[-1]['val_f1']:.3f}" if log else "-")
+            total += loss * len(batch)
+            progress.set_postfix(loss=f"{loss:.3f}", val_f1=f"{log[-1]['val_f1']:.3f}" if log else "-")
 
         scores = score_patches(fold_batch_norms(ema), patches["val"], 2 * args.batch_size)
         val_f1 = loop.best_f1(labels["val"].numpy(), scores.numpy())

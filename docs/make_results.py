@@ -1,9 +1,14 @@
 """Write docs/results.md from docs/results.csv: a table for each version of the weights.
 
 One row of the CSV is one result; cells stay empty where a figure was not recorded. Stops where F1, precision or recall
-disagree with the counts of their row.
+disagree with the counts of their row. Given the results of `make gpu`, it adds their rows to the CSV first:
+
+    python docs/make_results.py results/gpu.json
 """
 
+import csv
+import json
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -61,6 +66,31 @@ def results(table: pd.DataFrame) -> str:
     return text
 
 
+KEY = ("date", "commit", "weights", "set", "arm", "seed")  # rows that agree in these are the same
+
+
+def read(path: Path) -> pd.DataFrame:
+    """results.csv."""
+    return pd.read_csv(path, dtype={"commit": str})
+
+
+def take_over(results_path: Path, table_path: Path) -> int:
+    """Add the rows of a results file of tests/gpu.py that results.csv has not yet; how many they are."""
+    content = json.loads(results_path.read_text(encoding="utf-8"))
+    if content["quick"]:
+        raise SystemExit(f"{results_path}: of --quick, which is no measurement")
+    table = read(table_path)
+    known = {tuple(map(str, row)) for row in table[list(KEY)].itertuples(index=False)}
+    new = [row for row in content["rows"] if tuple(str(row[name]) for name in KEY) not in known]
+    with table_path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(table), lineterminator="\n")
+        for row in new:
+            writer.writerow({name: f"{value:.3f}" if type(value) is float else value for name, value in row.items()})
+    return len(new)
+
+
 if __name__ == "__main__":
-    document = results(pd.read_csv(FOLDER / "results.csv", dtype={"commit": str}))
+    for path in sys.argv[1:]:
+        print(f"{path}: {take_over(Path(path), FOLDER / 'results.csv')} new rows")
+    document = results(read(FOLDER / "results.csv"))
     (FOLDER / "results.md").write_text(document, encoding="utf-8", newline="\n")

@@ -1,10 +1,13 @@
-"""Random views of patches, drawn per patch and computed for the whole batch on the device."""
+"""Random views of patches: drawn per patch on the CPU, computed for the whole batch on its device."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dasc.model.transfer import upload
 
 # Optical densities of hematoxylin, eosin and the rest for red, green and blue, one stain per row, unit length
 # (Ruifrok & Johnston 2001; the third row is orthogonal to the other two).
@@ -30,7 +33,7 @@ def affine(patches: Tensor, generator: torch.Generator, degrees: float, scale: f
     Args:
         degrees: largest angle either way. scale: largest relative change of size. shift: in parts of the side.
     """
-    return warp(patches, affine_matrices(patches, generator, degrees, scale, shift))
+    return _changed(patches, warp, affine_matrices(patches, generator, degrees, scale, shift))
 
 
 def affine_matrices(patches: Tensor, generator: torch.Generator, degrees: float, scale: float, shift: float) -> Tensor:
@@ -62,17 +65,16 @@ def jitter_stain(patches: Tensor, generator: torch.Generator, strength: float, o
     In optical density the amount of every stain is multiplied by 1 +- strength and moved by +- offset
     (Tellez et al. 2018), which for a pixel is one 3x3 matrix and one shift.
     """
-    return mix_stains(patches, *stain_mixtures(patches, generator, strength, offset))
+    return _changed(patches, mix_stains, *stain_mixtures(patches, generator, strength, offset))
 
 
 def stain_mixtures(
     patches: Tensor, generator: torch.Generator, strength: float, offset: float
 ) -> tuple[Tensor, Tensor]:
     """A random matrix (B, 3, 3) and shift (B, 3) per patch, for the logarithms of red, green and blue."""
-    stains = STAINS.to(patches.device)
     factors = 1 + strength * _uniform(patches, generator, 3).T  # (B, 3)
     moves = offset * _uniform(patches, generator, 3).T
-    return (torch.linalg.inv(stains) @ (factors[:, :, None] * stains)).mT, -(moves @ stains)
+    return (torch.linalg.inv(STAINS) @ (factors[:, :, None] * STAINS)).mT, -(moves @ STAINS)
 
 
 def mix_stains(patches: Tensor, matrices: Tensor, shifts: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ def mix_stains(patches: Tensor, matrices: Tensor, shifts: Tensor) -> Tensor:
 
 def jitter_light(patches: Tensor, generator: torch.Generator, brightness: float, contrast: float) -> Tensor:
     """Multiply each patch's contrast about its mean by 1 +- contrast and its brightness by 1 +- brightness."""
-    return relight(patches, *light_changes(patches, generator, brightness, contrast))
+    return _changed(patches, relight, *light_changes(patches, generator, brightness, contrast))
 
 
 def light_changes(
@@ -103,7 +105,7 @@ def relight(patches: Tensor, light: Tensor, spread: Tensor) -> Tensor:
 
 def jitter_focus(patches: Tensor, generator: torch.Generator, blur: float, sharpen: float) -> Tensor:
     """Mix each patch with its 5x5 binomial blur: from `sharpen` times the detail added to `blur` times removed."""
-    return refocus(patches, focus_shares(patches, generator, blur, sharpen))
+    return _changed(patches, refocus, focus_shares(patches, generator, blur, sharpen))
 
 
 def focus_shares(patches: Tensor, generator: torch.Generator, blur: float, sharpen: float) -> Tensor:
@@ -122,8 +124,13 @@ def refocus(patches: Tensor, shares: Tensor) -> Tensor:
 
 
 def _uniform(patches: Tensor, generator: torch.Generator, rows: int) -> Tensor:
-    """Numbers in -1..1, (rows, B). Drawn on the CPU, so that every device sees the same views."""
-    return (torch.rand(rows, len(patches), generator=generator) * 2 - 1).to(patches.device)
+    """Numbers in -1..1, (rows, B), on the CPU, so that every device sees the same views."""
+    return torch.rand(rows, len(patches), generator=generator) * 2 - 1
+
+
+def _changed(patches: Tensor, change: Callable[..., Tensor], *drawn: Tensor) -> Tensor:
+    """A change of patches with what was drawn for it."""
+    return change(patches, *(upload(of_patch, patches.device) for of_patch in drawn))
 
 
 def training_view(patches: Tensor, generator: torch.Generator, stain: float, light: float, focus: float) -> Tensor:
@@ -138,9 +145,12 @@ def training_view(patches: Tensor, generator: torch.Generator, stain: float, lig
 def located_view(
     patches: Tensor, points_px: Tensor, generator: torch.Generator, stain: float, light: float, focus: float
 ) -> tuple[Tensor, Tensor]:
-    """As `training_view`, and where points (B, 2; x and y in px, NaN for none) of the patches lie in the views."""
+    """As `training_view`, and where points (B, 2; x and y in px, NaN for none) of the patches lie in the views.
+
+    points_px: on the CPU, as every small system of equations is solved there; returned on the patches' device.
+    """
     views, matrices = _training_view(patches, generator, stain, light, focus)
-    return views, warp_points(points_px, matrices, patches.shape[-1])
+    return views, upload(warp_points(points_px, matrices, patches.shape[-1]), patches.device)
 
 
 def _training_view(patches, generator, stain, light, focus) -> tuple[Tensor, Tensor]:
@@ -152,6 +162,7 @@ def _training_view(patches, generator, stain, light, focus) -> tuple[Tensor, Ten
         changes.append((relight, light_changes(patches, generator, light, light)))
     if focus:
         changes.append((refocus, (focus_shares(patches, generator, focus, focus / 2),)))
+    changes = [(change, [upload(one, patches.device) for one in drawn]) for change, drawn in changes]
     views = torch.empty(patches.shape, device=patches.device, memory_format=torch.channels_last)
     at_once = CACHED * torch.get_num_threads() if patches.device.type == "cpu" else max(1, len(patches))
     for start in range(0, len(patches), at_once):

@@ -11,6 +11,7 @@ import torch
 from dasc.errors import InputError
 from dasc.model.augment import dihedral, to_float
 from dasc.model.network import CamNetwork
+from dasc.model.transfer import upload
 
 CPU_BATCH = 32  # patches scored together by one core, whose cache holds no more
 
@@ -73,7 +74,7 @@ def _on_cores(cores: int) -> Iterator[Callable]:
 @torch.inference_mode()
 def _score_batch(network: CamNetwork, batch: torch.Tensor, views: Sequence[int]) -> torch.Tensor:
     device = device_of(network)
-    batch = to_float(batch.to(device))
+    batch = to_float(upload(batch, device))
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         logits = sum(network(dihedral(batch, view)).float() for view in views) / len(views)
     return logits[:, 1] - logits[:, 0]
@@ -89,7 +90,7 @@ def embed_patches(network: CamNetwork, patches: torch.Tensor, batch_size: int) -
         cores, batch_size = torch.get_num_threads(), min(batch_size, CPU_BATCH)
     with _on_cores(cores) as each:
         parts = each(lambda batch: _embed_batch(network, batch), patches.split(batch_size))
-    features, scores = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    features, scores = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
     return features, scores
 
 
@@ -97,6 +98,6 @@ def embed_patches(network: CamNetwork, patches: torch.Tensor, batch_size: int) -
 def _embed_batch(network: CamNetwork, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     device = device_of(network)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        maps = network.features(to_float(batch.to(device)))
+        maps = network.features(to_float(upload(batch, device)))
         logits = network.cam(maps).amax(dim=(2, 3)).float()
-    return maps.float().mean(dim=(2, 3)).cpu(), torch.softmax(logits, dim=1)[:, 1].cpu()
+    return maps.float().mean(dim=(2, 3)), torch.softmax(logits, dim=1)[:, 1]

@@ -5,6 +5,7 @@ The loops themselves stand in the scripts. An epoch draws from (seed, epoch) alo
 
 import argparse
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,9 @@ class LossGuard:
         self.patience = max(1, min(nan_steps, steps))
         self.in_a_row = 0
 
-    def passes_over(self, loss: Tensor, epoch: int) -> bool:
-        """Whether this step is left out. Raises InputError where too many were."""
-        self.in_a_row = 0 if torch.isfinite(loss) else self.in_a_row + 1
+    def passes_over(self, loss: float, epoch: int) -> bool:
+        """Whether this step is left out, its gradients unused. Raises InputError where too many were."""
+        self.in_a_row = 0 if math.isfinite(loss) else self.in_a_row + 1
         if self.in_a_row == self.patience:
             raise InputError(f"the loss was not finite in {self.in_a_row} steps in a row (epoch {epoch}); lower --lr")
         return self.in_a_row > 0
@@ -96,12 +97,13 @@ def update_ema(ema: CamNetwork, network: CamNetwork, decay: float, step: int) ->
     d = min(decay, (1 + step) / (10 + step)), so that the first steps are forgotten sooner than the later ones.
     """
     decay = min(decay, (1 + step) / (10 + step))
-    of_ema, of_network = (itertools.chain(each.parameters(), each.buffers()) for each in (ema, network))
-    for mean, now in zip(of_ema, of_network, strict=True):
-        if mean.is_floating_point():
-            mean.lerp_(now, 1 - decay)
-        else:
-            mean.copy_(now)  # the count of batches that batch norm has seen
+    of_ema, of_network = (list(itertools.chain(each.parameters(), each.buffers())) for each in (ema, network))
+    pairs = list(zip(of_ema, of_network, strict=True))
+    means, weights = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    torch._foreach_lerp_(means, weights, 1 - decay)  # on a GPU a few kernels, not one per tensor
+    for count, now in pairs:
+        if not count.is_floating_point():
+            count.copy_(now)  # of the batches that batch norm has seen
 
 
 def copy_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dasc.model.augment import affine, jitter_light, jitter_stain, to_float
+from dasc.model.transfer import upload
 
 # Red, green and blue to luma and two chroma axes (NTSC 1953): a change of hue is a turn of the chroma.
 YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
@@ -38,7 +39,7 @@ def strong_view(patches: Tensor, generator: torch.Generator, strength: float = 1
     views = elastic(to_float(turn(patches, generator, quarter=True)), generator, ELASTIC_PX * strength, ELASTIC_CELL_PX)
     views = jitter_light(views, generator, 0.35 * strength, 0.5 * strength)
     coloured = torch.rand(len(patches), generator=generator) < 0.5
-    coloured, stained = (mask.nonzero()[:, 0].to(views.device) for mask in (coloured, ~coloured))
+    coloured, stained = (upload(mask.nonzero()[:, 0], views.device) for mask in (coloured, ~coloured))
     views[coloured] = jitter_colour(views[coloured], generator, 1.0 * strength, 0.3 * strength)
     views[stained] = jitter_stain(views[stained], generator, 0.05 * strength, 0.05 * strength)
     return blur(views, generator, BLUR_PX * strength)
@@ -48,7 +49,7 @@ def turn(patches: Tensor, generator: torch.Generator, quarter: bool) -> Tensor:
     """Mirror each patch (B, C, S, S) or not along either axis, and with `quarter` turn it by 90 degrees or not."""
     for change in (lambda x: x.flip(3), lambda x: x.flip(2), lambda x: x.transpose(2, 3))[: 3 if quarter else 2]:
         drawn = torch.rand(len(patches), 1, 1, 1, generator=generator) < 0.5
-        patches = torch.where(drawn.to(patches.device), change(patches), patches)
+        patches = torch.where(upload(drawn, patches.device), change(patches), patches)
     return patches
 
 
@@ -60,7 +61,7 @@ def elastic(patches: Tensor, generator: torch.Generator, amplitude_px: float, ce
     """
     number, _, side, _ = patches.shape
     points = -(-side // cell_px) + 1
-    shifts = _uniform(generator, number, 2, points, points).to(patches.device) * (amplitude_px * 2 / side)
+    shifts = upload(_uniform(generator, number, 2, points, points) * (amplitude_px * 2 / side), patches.device)
     shifts = F.interpolate(shifts, size=(side, side), mode="bicubic", align_corners=True)
     still = torch.eye(2, 3, device=patches.device).expand(number, 2, 3)
     grid = F.affine_grid(still, list(patches.shape), align_corners=False) + shifts.permute(0, 2, 3, 1)
@@ -72,12 +73,12 @@ def jitter_colour(patches: Tensor, generator: torch.Generator, saturation: float
 
     In the YIQ space this is for a pixel one 3x3 matrix; grey stays grey and luma stays what it is.
     """
-    factor, angle = _uniform(generator, 2, len(patches)).to(patches.device)
+    factor, angle = _uniform(generator, 2, len(patches))
     factor, angle = (1 + saturation * factor).clamp(min=0), 2 * math.pi * hue * angle
     cos, sin, none = factor * angle.cos(), factor * angle.sin(), torch.zeros_like(angle)
     chroma = torch.stack([torch.ones_like(angle), none, none, none, cos, -sin, none, sin, cos], dim=1).view(-1, 3, 3)
-    yiq = YIQ.to(patches)
-    return torch.einsum("bchw,bdc->bdhw", patches, torch.linalg.inv(yiq) @ chroma @ yiq).clamp_(0, 1)
+    matrices = upload(torch.linalg.inv(YIQ) @ chroma @ YIQ, patches.device)
+    return torch.einsum("bchw,bdc->bdhw", patches, matrices).clamp_(0, 1)
 
 
 def blur(patches: Tensor, generator: torch.Generator, largest_px: float) -> Tensor:
@@ -86,7 +87,7 @@ def blur(patches: Tensor, generator: torch.Generator, largest_px: float) -> Tens
     Along each axis a blur is a band matrix, so that a whole batch of different sigmas is two batched products.
     """
     side = patches.shape[-1]
-    sigma = largest_px * (_uniform(generator, len(patches), 1, 1, 1).to(patches.device) + 1) / 2
+    sigma = upload(largest_px * (_uniform(generator, len(patches), 1, 1, 1) + 1) / 2, patches.device)
     place = torch.arange(side, device=patches.device)
     weights = torch.exp(-0.5 * ((place[:, None] - place) / sigma.clamp(min=1e-3)).square())
     weights = weights / weights.sum(dim=-1, keepdim=True)

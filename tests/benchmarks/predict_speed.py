@@ -31,8 +31,12 @@ WIDTH, HEIGHT = 7215, 5412  # a field of MIDOG
 TILE = 512  # px of the detector's tiles
 
 
-def mosaic(field: str) -> np.ndarray:
-    """A field of WIDTH x HEIGHT px, of copies of one image or of the synthetic sample's."""
+NETWORKS = ["tf_efficientnet_lite0:64:32", "resnet18:80:16"]  # backbone, px of a patch, stride
+OPTIONS = {"batch_size": 256, "smallest": 0.05}  # of scan_field
+
+
+def mosaic(field: str, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
+    """A field of these sides in px, of copies of one image or of the synthetic sample's."""
     with tempfile.TemporaryDirectory() as folder:
         if field:
             images = [read_field(Path(field))]
@@ -41,7 +45,14 @@ def mosaic(field: str) -> np.ndarray:
             subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
             images = [read_field(path) for path in sorted(Path(folder, "images").glob("*"))[:6]]
     wide = np.concatenate(images, axis=1)
-    return np.tile(wide, (-(-HEIGHT // wide.shape[0]), -(-WIDTH // wide.shape[1]), 1))[:HEIGHT, :WIDTH].copy()
+    return np.tile(wide, (-(-height // wide.shape[0]), -(-width // wide.shape[1]), 1))[:height, :width].copy()
+
+
+def random_detector(backbone: str, size: int, stride: int, per_mm2: float, device: torch.device) -> Detector:
+    """A detector of random weights for patches of `size` px."""
+    torch.manual_seed(0)
+    network = fold_batch_norms(CamNetwork(backbone, stride).to(device, memory_format=torch.channels_last))
+    return Detector(network, size, 0.25, True, per_mm2, merge_um=7.5, views=8, manifest_sha256=None)
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float, object]:
@@ -64,15 +75,13 @@ if __name__ == "__main__":
     parser.add_argument(
         "--networks",
         nargs="+",
-        default=["tf_efficientnet_lite0:64:32", "resnet18:80:16"],
+        default=NETWORKS,
         help="backbone:patch size:stride; the first is also timed on every candidate",
     )
     parser.add_argument("--detector_tiles", type=int, default=3, help="tiles timed; the whole field is extrapolated")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = pick_device(args.device)
-    options = {"batch_size": 256, "smallest": 0.05}
-    scan_settings = {"merge_um": 7.5, "views": 8, "manifest_sha256": None}
     image = mosaic(args.field)
     with tempfile.TemporaryDirectory() as folder:
         tifffile.imwrite(Path(folder, "field.tiff"), image)
@@ -81,12 +90,10 @@ if __name__ == "__main__":
     say("finding and ranking the candidates", wall, cpu, f", {len(points)} of them")
     for name in args.networks:
         backbone, size, stride = name.split(":")
-        torch.manual_seed(0)
-        network = fold_batch_norms(CamNetwork(backbone, int(stride)).to(device, memory_format=torch.channels_last))
         for what, per_mm2 in (("ours", 3000), ("every candidate", 1e6))[: 2 if name == args.networks[0] else 1]:
-            detector = Detector(network, int(size), 0.25, True, per_mm2, **scan_settings)
-            scan_field(detector, image[:600, :600], args.um_per_px, **options)  # warm
-            scan = lambda: scan_field(detector, image, args.um_per_px, **options)  # noqa: E731, B023
+            detector = random_detector(backbone, int(size), int(stride), per_mm2, device)
+            scan_field(detector, image[:600, :600], args.um_per_px, **OPTIONS)  # warm
+            scan = lambda: scan_field(detector, image, args.um_per_px, **OPTIONS)  # noqa: E731, B023
             say(f"{what}, {backbone} at {size} px", *timed(scan)[:2])
     detector = torchvision.models.detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None)
     detector.to(device).eval()

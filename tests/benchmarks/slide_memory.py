@@ -29,16 +29,23 @@ CORNER = 8192  # px; where the tissue begins, on the coarsest level's tiles
 
 
 def texture() -> np.ndarray:
-    """One tile of synthetic tissue, (TILE, TILE, 3) uint8, mirrored so that it goes on at its edges."""
+    """One tile of synthetic tissue, as `mirrored`."""
     with tempfile.TemporaryDirectory() as folder:
         command = [ROOT / "pre/make_sample.py", "--out", folder, "--size_px", "700"]
         subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
-        quarter = read_field(sorted(Path(folder, "images").glob("*"))[0])[: TILE // 2, : TILE // 2]
+        return mirrored(read_field(sorted(Path(folder, "images").glob("*"))[0]))
+
+
+def mirrored(image: np.ndarray) -> np.ndarray:
+    """A tile (TILE, TILE, 3) uint8 of an image's corner, mirrored so that it goes on at its edges."""
+    quarter = image[: TILE // 2, : TILE // 2]
     half = np.concatenate([quarter, quarter[:, ::-1]], axis=1)
     return np.concatenate([half, half[::-1]])
 
 
-def tiles(width: int, height: int, factor: int, tissue_px: int, tile: np.ndarray) -> Iterator[bytes]:
+def tiles(
+    width: int, height: int, factor: int, tissue_px: int, tile: np.ndarray, corner: int = CORNER
+) -> Iterator[bytes]:
     """The JPEG tiles of one level, row by row."""
     small = cv2.resize(tile, (TILE // factor, TILE // factor), interpolation=cv2.INTER_AREA)
     options = {"level": 85, "colorspace": "rgb", "outcolorspace": "ycbcr", "subsampling": "420"}
@@ -46,19 +53,22 @@ def tiles(width: int, height: int, factor: int, tissue_px: int, tile: np.ndarray
     glass = imagecodecs.jpeg8_encode(np.full_like(tile, 243), **options)
     for y in range(0, height // factor, TILE):
         for x in range(0, width // factor, TILE):
-            inside = all(CORNER <= place * factor < CORNER + tissue_px for place in (x, y))
+            inside = all(corner <= place * factor < corner + tissue_px for place in (x, y))
             yield tissue if inside else glass
 
 
-def write_slide(path: Path, width: int, height: int, tissue_px: int) -> None:
-    tile = texture()
+def write_slide(path: Path, width: int, height: int, tissue_px: int, tile: np.ndarray, corner: int = CORNER) -> None:
+    """A slide of tissue of one tile over and over, from `corner` on in x and y, and glass.
+
+    width, height, tissue_px, corner: px, multiples of the coarsest factor. tile: as `mirrored`.
+    """
     options = {"tile": (TILE, TILE), "dtype": np.uint8, "compression": "jpeg", "photometric": "ycbcr"}
     options |= {"subsampling": (2, 2), "resolution": (40000, 40000), "resolutionunit": 3}
     with tifffile.TiffWriter(path, bigtiff=True) as writer:
         for factor in FACTORS:
             shape = (height // factor, width // factor, 3)
             sub = {"subifds": len(FACTORS) - 1} if factor == 1 else {"subfiletype": 1}
-            writer.write(tiles(width, height, factor, tissue_px, tile), shape=shape, **options, **sub)
+            writer.write(tiles(width, height, factor, tissue_px, tile, corner), shape=shape, **options, **sub)
 
 
 if __name__ == "__main__":
@@ -70,7 +80,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         slide = Path(folder, "slide.tiff")
-        write_slide(slide, args.width // 16 * 16, args.height // 16 * 16, args.tissue_px)
+        write_slide(slide, args.width // 16 * 16, args.height // 16 * 16, args.tissue_px, texture())
         print(f"{args.width} x {args.height} px, {slide.stat().st_size / 2**20:.0f} MiB, tissue {args.tissue_px}^2 px")
         flags = ["--images", slide, "--model_path", args.model, "--out", Path(folder, "out"), "--threshold", 0.5]
         start = time.perf_counter()

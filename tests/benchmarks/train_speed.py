@@ -1,13 +1,15 @@
 """How fast stages 2 and 8 train beside the same network on ready random tensors, in one run.
 
 The steps of NS/sigle.py and DMU/hard_scl_main.py (gather, augment, forward, losses, backward, Adam, average) take turns
-with a bare step on tensors that lie ready, so that whatever else the machine does slows all of them.
+with a bare step on tensors that lie ready, so that whatever else the machine does slows all of them. A GPU is waited
+for after BLOCK steps, as the scripts let it run ahead.
 """
 
 import argparse
 import copy
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -16,11 +18,128 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dasc.model import loop
 from dasc.model.augment import located_view, training_view
-from dasc.model.loop import update_ema
 from dasc.model.losses import graded_cross_entropy, localisation, subclass_contrastive
 from dasc.model.network import CamNetwork
+from dasc.model.transfer import gather, read_later, resident
 from dasc.run import pick_device
+
+PATCHES = 4096  # random ones that the steps draw from
+BLOCK = 10  # steps timed together on a GPU; on a CPU one
+WARM = 2  # blocks that are not timed: the first ones set the libraries up
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done all that was put before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Steps:
+    """One network with its optimizer, and a step of each kind; a step takes the places (B,) of its patches."""
+
+    def __init__(self, backbone: str, device: torch.device, patch_size: int, batch_size: int, stride: int) -> None:
+        torch.manual_seed(0)
+        self.device, self.patch_size, self.batch_size = device, patch_size, batch_size
+        self.generator = torch.Generator().manual_seed(0)
+        shape = (PATCHES, 3, patch_size, patch_size)
+        patches = torch.randint(0, 255, shape, dtype=torch.uint8, generator=self.generator)
+        labels = torch.randint(0, 2, (PATCHES,), generator=self.generator)
+        grades = torch.randint(0, 4, (PATCHES,), generator=self.generator) / 3
+        groups = labels * 4 + torch.randint(0, 4, (PATCHES,), generator=self.generator)
+        self.learned = [resident(one, device) for one in (patches, labels, grades, groups)]
+        self.points_px = torch.rand(PATCHES, 2, generator=self.generator) * (patch_size - 1)
+        self.network = CamNetwork(backbone, stride).to(device, memory_format=torch.channels_last).train()
+        self.average = copy.deepcopy(self.network)
+        self.features = torch.randn(batch_size, self.network.cam_head.in_channels, device=device)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-4)
+        ready = torch.rand(batch_size, *shape[1:], device=device)
+        self.ready = ready.to(memory_format=torch.channels_last), labels[:batch_size].to(device)
+
+    def draw(self) -> torch.Tensor:
+        return torch.randint(PATCHES, (self.batch_size,), generator=self.generator)
+
+    def bare(self, batch: torch.Tensor) -> None:
+        views, truth = self.ready
+        with loop.autocast(self.device):
+            loss = F.cross_entropy(self.network(views).float(), truth)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def stage_2(self, batch: torch.Tensor) -> None:
+        shown, truth = gather(self.learned[:2], batch, self.device)
+        views = training_view(shown, self.generator, 0.2, 0.2, 0.8)
+        with loop.autocast(self.device):
+            loss = F.cross_entropy(self.network(views).float(), truth)
+        self.finish(loss, loss[None])
+
+    def stage_8(self, batch: torch.Tensor) -> None:
+        shown, truth, hardness, group = gather(self.learned, batch, self.device)
+        views, points = located_view(shown, self.points_px[batch], self.generator, 0.2, 0.2, 0.8)
+        with loop.autocast(self.device):
+            maps = self.network.features(views)
+            cam = self.network.cam(maps)
+        cam, embedding = cam.float(), F.normalize(maps.float().mean(dim=(2, 3)), dim=1)
+        graded = graded_cross_entropy(cam.amax(dim=(2, 3)), truth, hardness, 0.1, 0.7)
+        contrastive = self.subclass_loss(embedding, truth, hardness, group)
+        place = localisation(cam[:, 1], points, self.patch_size)
+        loss = graded + 0.1 * contrastive + 0.1 * place
+        self.finish(loss, torch.stack([loss, graded, contrastive, place]))
+
+    def subclass_loss(self, embedding, truth, hardness, group) -> torch.Tensor:
+        softer = 1 + 0.5 * hardness
+        return subclass_contrastive(embedding, truth, group, 0.1 * softer, 0.1 * softer, 1 / softer, 0.25)
+
+    def finish(self, loss: torch.Tensor, shown: torch.Tensor) -> None:
+        read = read_later(shown)
+        self.optimizer.zero_grad()
+        loss.backward()
+        read()
+        self.optimizer.step()
+        loop.update_ema(self.average, self.network, 0.98, 10_000)
+
+    def loss_alone(self, batch: torch.Tensor) -> None:
+        """The subclass loss of ready features, and its gradient."""
+        truth, hardness, group = gather(self.learned[1:], batch, self.device)
+        features = self.features.clone().requires_grad_()
+        self.subclass_loss(F.normalize(features, dim=1), truth, hardness, group).backward()
+
+
+def step_seconds(steps: Steps, kinds: list[Callable], rounds: int) -> list[float]:
+    """Median seconds of a step of each kind, the kinds in turn."""
+    block = BLOCK if steps.device.type == "cuda" else 1
+    times = [[] for _ in kinds]
+    for number in range(WARM + rounds):
+        for kind, seconds in zip(kinds, times, strict=True):
+            batches = [steps.draw() for _ in range(block)]
+            wait_for(steps.device)
+            start = time.perf_counter()
+            for batch in batches:
+                kind(batch)
+            wait_for(steps.device)
+            if number >= WARM:
+                seconds.append((time.perf_counter() - start) / block)
+    return [float(np.median(seconds)) for seconds in times]
+
+
+def rates(backbone: str, device: torch.device, patch_size: int, batch_size: int, stride: int, rounds: int) -> dict:
+    """Patches per second: bare, stage_2 and stage_8."""
+    steps = Steps(backbone, device, patch_size, batch_size, stride)
+    kinds = [steps.bare, steps.stage_2, steps.stage_8]
+    seconds = step_seconds(steps, kinds, rounds)
+    return {kind.__name__: batch_size / one for kind, one in zip(kinds, seconds, strict=True)}
+
+
+def subclass_share(
+    backbone: str, device: torch.device, patch_size: int, batch_size: int, stride: int, rounds: int
+) -> dict:
+    """Seconds of a step of stage 8, of the subclass loss with its gradient alone, and their ratio."""
+    steps = Steps(backbone, device, patch_size, batch_size, stride)
+    whole, alone = step_seconds(steps, [steps.stage_8, steps.loss_alone], rounds)
+    return {"step_s": whole, "subclass_loss_s": alone, "share": alone / whole}
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -28,66 +147,11 @@ if __name__ == "__main__":
     parser.add_argument("--patch_size", type=int, default=80)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--stride", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=12, help="rounds of steps that are timed")
+    parser.add_argument("--steps", type=int, default=12, help="rounds that are timed")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = pick_device(args.device)
-    generator = torch.Generator().manual_seed(0)
-    shape = (4096, 3, args.patch_size, args.patch_size)
-    patches = torch.randint(0, 255, shape, dtype=torch.uint8, generator=generator)
-    labels = torch.randint(0, 2, (len(patches),), generator=generator)
-    grades = torch.randint(0, 4, (len(patches),), generator=generator) / 3
-    groups = labels * 4 + torch.randint(0, 4, (len(patches),), generator=generator)
-    points_px = torch.rand(len(patches), 2, generator=generator) * (args.patch_size - 1)
     for backbone in args.backbones:
-        network = CamNetwork(backbone, args.stride).to(device, memory_format=torch.channels_last).train()
-        average = copy.deepcopy(network)
-        optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
-        ready = torch.rand(args.batch_size, *shape[1:], device=device).to(memory_format=torch.channels_last)
-        ready_labels = labels[: args.batch_size].to(device)
-
-        def step(loss, optimizer=optimizer):
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            return loss.item()  # waits for the device
-
-        def cross_entropy(views, targets, network=network):
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                return F.cross_entropy(network(views).float(), targets)
-
-        def bare(batch, ready=ready, ready_labels=ready_labels, loss=cross_entropy, step=step):
-            step(loss(ready, ready_labels))
-
-        def stage_2(batch, network=network, average=average, loss=cross_entropy, step=step):
-            views = training_view(patches[batch].to(device), generator, 0.2, 0.2, 0.8)
-            step(loss(views, labels[batch].to(device)))
-            update_ema(average, network, 0.98, 10_000)
-
-        def stage_8(batch, network=network, average=average, step=step):
-            shown, points = patches[batch].to(device), points_px[batch].to(device)
-            views, points = located_view(shown, points, generator, 0.2, 0.2, 0.8)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                maps = network.features(views)
-                cam = network.cam(maps)
-            cam, embedding = cam.float(), F.normalize(maps.float().mean(dim=(2, 3)), dim=1)
-            targets, hardness, group = (table[batch].to(device) for table in (labels, grades, groups))
-            softer = 1 + 0.5 * hardness
-            loss = graded_cross_entropy(cam.amax(dim=(2, 3)), targets, hardness, 0.1, 0.7)
-            loss = loss + 0.1 * subclass_contrastive(
-                embedding, targets, group, 0.1 * softer, 0.1 * softer, 1 / softer, 0.25
-            )
-            step(loss + 0.1 * localisation(cam[:, 1], points, args.patch_size))
-            update_ema(average, network, 0.98, 10_000)
-
-        times = {bare: [], stage_2: [], stage_8: []}
-        for number in range(args.steps + 2):
-            for kind, seconds in times.items():
-                batch = torch.randint(len(patches), (args.batch_size,), generator=generator)
-                start = time.perf_counter()
-                kind(batch)
-                if number >= 2:  # the first steps set the libraries up
-                    seconds.append(time.perf_counter() - start)
-        rates = {kind.__name__: args.batch_size / np.median(seconds) for kind, seconds in times.items()}
-        ratios = {name: f"{rate:.0f} patches/s ({rate / rates['bare']:.2f})" for name, rate in rates.items()}
-        print(f"{backbone}: {', '.join(f'{name} {text}' for name, text in ratios.items())}", flush=True)
+        found = rates(backbone, device, args.patch_size, args.batch_size, args.stride, args.steps)
+        words = [f"{name} {rate:.0f} patches/s ({rate / found['bare']:.2f})" for name, rate in found.items()]
+        print(f"{backbone}: {', '.join(words)}", flush=True)
