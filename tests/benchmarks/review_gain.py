@@ -113,7 +113,7 @@ def cleanlab_order(args: Namespace, folder: Path, cells: pd.DataFrame, seed: int
 
 
 class Flipped:
-    """One seed's flip: truth is the manifest before it; flipped (N,) bool: which rows are wrong; cells as stage 4 sees."""
+    """One seed's flip. truth: the manifest before it; flipped: (N,) bool, the wrong rows; cells: as of stage 4."""
 
     def __init__(self, args: Namespace, folder: Path, seed: int) -> None:
         self.args, self.folder, self.seed, self.home = args, folder, seed, Path(args.out) / str(seed)
