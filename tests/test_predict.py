@@ -301,7 +301,7 @@ def test_other_scan_settings_than_the_threshold_was_chosen_with_are_said(small_r
 
 def val_fields(small_run):
     root, fields, annotations = read_cut_fields(small_run / "patches")
-    return ValFields(root, fields[fields["split"] == "val"], annotations[annotations["label"] == 1])
+    return ValFields(root, fields[fields["split"] == "val"], annotations)
 
 
 def detector_of(small_run):
