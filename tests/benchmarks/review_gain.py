@@ -43,7 +43,7 @@ from dasc.data.patches import load_patches
 from dasc.review.queue import ranked, training_cells
 
 SHARE = 0.2  # of the training annotations that are flipped
-ANSWERS = (100, 300)
+ANSWERS = (300, 100)
 ORIGINS = {1: "annotated", 0: "hard_negative"}  # of an annotated nucleus, by its label
 AGREED = {1: (1.0, 0.8), 0: (0.0,)}  # confidence of a mitosis, of a look-alike, on which the annotators agree
 CONTESTED = {1: 0.65, 0: 0.2}
@@ -221,18 +221,17 @@ if __name__ == "__main__":
     args = parser.parse_args()
     torch.set_num_threads(1)  # as OMP_NUM_THREADS=1 does for the scripts
     folder = cut(args)
-    every = [Flipped(args, folder, seed) for seed in args.seeds]
-    repaired = [row for queue in ("noise", "disagree", "random") for one in every for row in one.repaired(queue)]
-    write(args, "repaired", repaired)
-    retrained, doubts = [], []
-    for one in every:
+    every, repaired, retrained, doubts = [], [], [], []
+    for seed in args.seeds:
+        every.append(one := Flipped(args, folder, seed))
+        repaired += [row for queue in ("noise", "disagree", "random") for row in one.repaired(queue)]
         for queue, answers in (("flipped", 0), *(("noise", answers) for answers in ANSWERS), ("unflipped", 0)):
             retrained.append(one.retrained(queue, answers))
             write(args, "retrained", retrained)
-        doubts += doubted(args, folder, one.seed) if one.seed in args.doubt_seeds else []
-        write(args, "doubted", doubts)
         repaired += one.repaired("cleanlab")
         write(args, "repaired", repaired)
+        doubts += doubted(args, folder, seed) if seed in args.doubt_seeds else []
+        write(args, "doubted", doubts)
     print(pd.DataFrame(doubts).round(3).to_string(index=False), flush=True)
     retrained += [one.retrained("random", answers) for one in every for answers in ANSWERS]
     repaired, retrained = write(args, "repaired", repaired), write(args, "retrained", retrained)
