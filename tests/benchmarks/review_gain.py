@@ -214,6 +214,16 @@ def write(args: Namespace, name: str, rows: list[dict]) -> pd.DataFrame:
     return table
 
 
+def report(args: Namespace, repaired: list[dict], retrained: list[dict], doubts: list[dict]) -> None:
+    """Write and print the means of the seeds, and draw them."""
+    keys, answers = write(args, "repaired", repaired), write(args, "retrained", retrained)
+    draw(Path(args.out) / "review_gain.png", keys, answers)
+    keys = keys[keys["keys"].isin((100, 200, 300))]
+    print(keys.pivot_table(index="queue", columns="keys", values="repaired", aggfunc=["mean", "min", "max"]).round(1))
+    print(answers.groupby(["queue", "answers"])[["wrong_labels", "f1", "average_precision"]].mean().round(3))
+    print(write(args, "doubted", doubts).round(3).to_string(index=False), flush=True)
+
+
 if __name__ == "__main__":
     parser = parser(__doc__, "results/review_gain")
     parser.set_defaults(init_weights="weights/dasc_figures.pt")
@@ -232,10 +242,6 @@ if __name__ == "__main__":
         write(args, "repaired", repaired)
         doubts += doubted(args, folder, seed) if seed in args.doubt_seeds else []
         write(args, "doubted", doubts)
-    print(pd.DataFrame(doubts).round(3).to_string(index=False), flush=True)
+    report(args, repaired, retrained, doubts)
     retrained += [one.retrained("random", answers) for one in every for answers in ANSWERS]
-    repaired, retrained = write(args, "repaired", repaired), write(args, "retrained", retrained)
-    draw(Path(args.out) / "review_gain.png", repaired, retrained)
-    keys = repaired[repaired["keys"].isin((100, 200, 300))]
-    print(keys.pivot_table(index="queue", columns="keys", values="repaired", aggfunc=["mean", "min", "max"]).round(1))
-    print(retrained.groupby(["queue", "answers"])[["wrong_labels", "f1", "average_precision"]].mean().round(3))
+    report(args, repaired, retrained, doubts)
