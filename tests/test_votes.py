@@ -137,7 +137,8 @@ def test_predict_reports_votes(small_run, voted, tmp_path):
     assert metrics["mitoses_agreed"] + metrics["mitoses_contested"] == metrics["mitoses"]
     assert metrics["found_agreed"] + metrics["found_contested"] == metrics["tp"] > 0
     assert metrics["fp_one_reader"] + metrics["fp_no_reader"] == metrics["fp"]
-    line = f"found: {metrics['found_agreed']} of the {metrics['mitoses_agreed']} mitoses that all annotators agree on"
+    counts = f"({metrics['found_agreed']} of {metrics['mitoses_agreed']})"
+    line = f"recall {metrics['recall_agreed']:.3f} {counts} of mitoses that all annotators agree on"
     assert line in out and line in report
     assert f"false positives: {metrics['fp_one_reader']} on cells that one annotator called a mitosis" in out
 

@@ -66,9 +66,9 @@ def lines_of(votes: dict) -> list[str]:
     """What `judge_by_votes` gives in words; no line where it gives nothing."""
     if not votes:
         return []
-    recalls = [
-        f"{votes[f'found_{kind}']} of the {votes[f'mitoses_{kind}']} mitoses {words}"
-        for kind, words in (("agreed", "that all annotators agree on"), ("contested", "that they do not"))
-    ]
+    parts = []
+    for kind, words in (("agreed", "that all annotators agree on"), ("contested", "that they do not agree on")):
+        recall, found, of = (votes[f"{name}_{kind}"] for name in ("recall", "found", "mitoses"))
+        parts.append(f"{'-' if recall is None else f'{recall:.3f}'} ({found} of {of}) of mitoses {words}")
     false = f"{votes['fp_one_reader']} on cells that one annotator called a mitosis, {votes['fp_no_reader']} others"
-    return [f"found: {', '.join(recalls)}; false positives: {false}"]
+    return [f"recall {', '.join(parts)}", f"false positives: {false}"]
