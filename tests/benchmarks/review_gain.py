@@ -234,12 +234,11 @@ if __name__ == "__main__":
     every, repaired, retrained, doubts = [], [], [], []
     for seed in args.seeds:
         every.append(one := Flipped(args, folder, seed))
-        repaired += [row for queue in ("noise", "disagree", "random") for row in one.repaired(queue)]
+        repaired += [row for queue in ("noise", "disagree", "cleanlab", "random") for row in one.repaired(queue)]
+        write(args, "repaired", repaired)
         for queue, answers in (("flipped", 0), *(("noise", answers) for answers in ANSWERS), ("unflipped", 0)):
             retrained.append(one.retrained(queue, answers))
             write(args, "retrained", retrained)
-        repaired += one.repaired("cleanlab")
-        write(args, "repaired", repaired)
         doubts += doubted(args, folder, seed) if seed in args.doubt_seeds else []
         write(args, "doubted", doubts)
     report(args, repaired, retrained, doubts)
