@@ -15,7 +15,8 @@ the flip and is never wrong. Every training starts from --init_weights, which ne
    128 have 112), fields scanned with 1500 candidates per mm2 and one view.
 3. Doubt. Stage 4 on the annotated nuclei of all ten slides (and the random ones of eight), without any flip: is
    noise_score higher where the annotators disagree (a mitosis of two votes of three, confidence 0.65; a look-alike of
-   one vote of three, 0.2) than where all agree? --doubt_seeds: one, since it is the slowest.
+   one vote of three, 0.2) than where all agree? --doubt_seeds: one, since it is the slowest. The same of
+   the labels that were not flipped in 1.
 
 Stage 4 and cleanlab take 8 epochs, as in label_noise.py. Writes OUT/repaired.csv, retrained.csv, doubted.csv and
 review_gain.png. What is there is not run again. Needs cleanlab (requirements-dev.txt).
@@ -142,6 +143,10 @@ class Flipped:
         counts = np.cumsum([patch in wrong for patch in self.order(queue)])
         return [facts | {"keys": key, "repaired": count} for key, count in enumerate(counts, start=1)]
 
+    def right(self) -> pd.DataFrame:
+        """The cells without the flipped ones."""
+        return self.cells[~self.cells["patch"].isin(self.truth.loc[self.flipped, "patch"])]
+
     def retrained(self, queue: str, answers: int) -> dict:
         """A row of retrained.csv: after so many answers; unflipped: after all that there are to give."""
         seen = self.truth["patch"].isin(self.order(queue)[:answers]) if answers else False
@@ -161,13 +166,17 @@ def retrain(args: Namespace, manifest: Path, out: Path, seed: int) -> dict:
     return json.loads((out / "test/metrics.json").read_text(encoding="utf-8"))
 
 
-def doubted(args: Namespace, folder: Path, seed: int) -> list[dict]:
-    """Rows of doubted.csv: of each label, noise_score of contested nuclei against agreed ones, all slides unflipped."""
+def unflipped(args: Namespace, folder: Path, seed: int) -> pd.DataFrame:
+    """The annotated nuclei of all slides (and random ones of eight) after stage 4 on the labels as they are."""
     manifest = folder / "all.csv"
     table = read_manifest(folder)
     table = table[table["origin"].isin(ORIGINS.values()) | (table["split"] == "train")]
     table.assign(split="train").to_csv(manifest, index=False)
-    cells = cells_of(args, manifest, Path(args.out) / str(seed) / "DMU_unflipped", seed)
+    return cells_of(args, manifest, Path(args.out) / str(seed) / "DMU_unflipped", seed)
+
+
+def doubted(args: Namespace, cells: pd.DataFrame, seed: int, labels: str) -> list[dict]:
+    """Rows of doubted.csv: of each label, noise_score of contested nuclei against agreed ones."""
     known = read_dataset("mitos14", Path(args.data_root), [args.val], [args.test]).annotations
     known = known.round({"x_px": 2, "y_px": 2})[["image", "x_px", "y_px", "confidence"]]
     cells = cells.merge(known, on=["image", "x_px", "y_px"], how="left", validate="1:1")
@@ -178,7 +187,13 @@ def doubted(args: Namespace, folder: Path, seed: int) -> list[dict]:
         kinds = {"contested": of_label["confidence"] == contested, "agreed": of_label["confidence"].isin(AGREED[label])}
         both = of_label[kinds["contested"] | kinds["agreed"]]
         auroc = roc_auc_score(both["confidence"] == contested, both["noise_score"])
-        row = {"seed": seed, "label": label, "auroc": auroc, "without_confidence": len(of_label) - len(both)}
+        row = {
+            "labels": labels,
+            "seed": seed,
+            "label": label,
+            "auroc": auroc,
+            "without_confidence": len(of_label) - len(both),
+        }
         for kind, chosen in kinds.items():
             inside = sum(index in first for index in of_label.index[chosen])
             row |= {kind: int(chosen.sum()), f"{kind}_in_first_300": inside}
@@ -236,11 +251,14 @@ if __name__ == "__main__":
         every.append(one := Flipped(args, folder, seed))
         repaired += [row for queue in ("noise", "disagree", "cleanlab", "random") for row in one.repaired(queue)]
         write(args, "repaired", repaired)
+        doubts += doubted(args, one.right(), seed, "left as annotated among flipped ones")
+        write(args, "doubted", doubts)
         for queue, answers in (("flipped", 0), *(("noise", answers) for answers in ANSWERS), ("unflipped", 0)):
             retrained.append(one.retrained(queue, answers))
             write(args, "retrained", retrained)
-        doubts += doubted(args, folder, seed) if seed in args.doubt_seeds else []
-        write(args, "doubted", doubts)
+        if seed in args.doubt_seeds:
+            doubts += doubted(args, unflipped(args, folder, seed), seed, "as annotated")
+            write(args, "doubted", doubts)
     report(args, repaired, retrained, doubts)
     retrained += [one.retrained("random", answers) for one in every for answers in ANSWERS]
     report(args, repaired, retrained, doubts)
