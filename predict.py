@@ -66,7 +66,7 @@ from typing import NamedTuple
 import pandas as pd
 from tqdm import tqdm
 
-from dasc.data.corrections import UNSURE, correct_dataset
+from dasc.data.corrections import correct_dataset
 from dasc.data.datasets import Dataset, drop_outside, read_as_asked
 from dasc.data.regions import find_roi
 from dasc.data.resolutions import asked_um_per_px
@@ -89,7 +89,7 @@ from dasc.run import pick_device, record_run, run_script
 
 
 class Found(NamedTuple):
-    """What one image gave: its detections, row of counts.csv, annotated mitoses, and part of the report."""
+    """What one image gave: its detections, row of counts.csv, annotations, and part of the report."""
 
     detections: pd.DataFrame
     counts: dict
@@ -248,14 +248,14 @@ def check_flags(args) -> None:
 
 
 def fields_to_scan(args, out: Path) -> tuple[pd.DataFrame, pd.DataFrame | None, dict[str, str], dict[str, int]]:
-    """The images to scan, the mitoses annotated in them if they are a dataset's, those skipped beforehand, corrections.
+    """The images to scan, the annotations in them if they are a dataset's, those skipped beforehand, corrections.
 
     The first: image, file, um_per_px (of the dataset's table) and asked_um_per_px (of --um_per_px), NaN where unknown.
     """
     check_flags(args)
     dataset, skipped, corrections = None, {}, {}
     if args.dataset:
-        dataset, fields, mitoses, corrections = dataset_fields(args)
+        dataset, fields, corrections = dataset_fields(args)
     else:
         fields, skipped = image_fields(args.images, out)
     for name in fields["image"]:
@@ -266,8 +266,9 @@ def fields_to_scan(args, out: Path) -> tuple[pd.DataFrame, pd.DataFrame | None, 
     if dataset is None:
         return fields, None, skipped, corrections
     if args.check_labels:
+        mitoses = dataset.annotations[dataset.annotations["label"] == 1]
         check_labels(fields, mitoses, dataset.root, args.insist_um_per_px)
-    return fields, mitoses, skipped, corrections
+    return fields, dataset.annotations, skipped, corrections
 
 
 def image_fields(paths: list[str], out: Path) -> tuple[pd.DataFrame, dict[str, str]]:
@@ -288,19 +289,18 @@ def image_fields(paths: list[str], out: Path) -> tuple[pd.DataFrame, dict[str, s
     return pd.DataFrame(fields), skipped
 
 
-def dataset_fields(args) -> tuple[Dataset, pd.DataFrame, pd.DataFrame, dict[str, int]]:
-    """The dataset, the fields of one split, the mitoses of the dataset and what readers are unsure of, corrections."""
+def dataset_fields(args) -> tuple[Dataset, pd.DataFrame, dict[str, int]]:
+    """The dataset, the fields of one split, corrections."""
     dataset, corrections = correct_dataset(read_as_asked(args), args.corrections)
     fields = dataset.fields[dataset.fields["split"] == args.split]
     if fields.empty:
         raise InputError(f"{args.data_root}: no field in split {args.split}; see --val and --test")
-    annotations = dataset.annotations[dataset.annotations["label"].isin([1, UNSURE])]
-    if not annotations.loc[annotations["label"] == 1, "image"].isin(fields["image"]).any():
+    if not dataset.annotations.loc[dataset.annotations["label"] == 1, "image"].isin(fields["image"]).any():
         raise InputError(
             f"{args.data_root}: no mitosis is annotated in the {len(fields)} fields of split {args.split}, so nothing "
             f"can be judged; looked for {dataset.looked_for}; see --split, --val and --test"
         )
-    return dataset, fields.assign(file=[dataset.root / path for path in fields["path"]]), annotations, corrections
+    return dataset, fields.assign(file=[dataset.root / path for path in fields["path"]]), corrections
 
 
 if __name__ == "__main__":

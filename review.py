@@ -27,7 +27,8 @@ CONTROLS: Share = 0.1  # share of them that nobody doubts
 REPEATS: Share = 0.05  # share of them that are shown a second time, turned
 BLIND = True  # False: show label and probability below every cell; readers tend to follow them
 PASS_NUMBER: Count = 1  # 2: the same reader goes through the whole queue again; --collect takes the last pass
-PORT: Natural = 0  # of the page on this computer; 0: any that is free
+PORT: Natural = 8327  # of the page on this computer; a browser keeps answers that a killed server did not get for the
+# same port; 0: any that is free
 PAGE = ""  # write this one file to send instead: the page with all its pictures, which saves the answers as CSV
 COLLECT: list[str] = []  # answers of all readers: results/review/answers/*.csv
 SEED = 0  # of the order, the sample and the intervals
@@ -40,7 +41,7 @@ from pathlib import Path
 import pandas as pd
 
 from dasc.data.corrections import CORRECTIONS
-from dasc.data.cut import read_cut_fields
+from dasc.data.cut import read_cut, read_cut_fields
 from dasc.data.tables import write_table
 from dasc.errors import InputError
 from dasc.files import file_name, sha256, write_json
@@ -167,9 +168,16 @@ def collect_answers(args) -> int:
 
 def collect_labels(out: Path, corrections: pd.DataFrame, args) -> list[str]:
     """The corrected dataset; the command that trains on it."""
-    root, fields, annotations = read_cut_fields(Path(args.manifest).parent, args.data_root)
+    folder = Path(args.manifest).parent
+    root, fields, annotations = read_cut_fields(folder, args.data_root)
     outcome.write_dataset(out / "dataset", root, fields, annotations, corrections)
-    return [f"train on: python pre/cut_patch_2.py ... --corrections {out / 'corrections.csv'}"]
+    cut = read_cut(folder)
+    known = ["--patch_size", cut.patch_size, "--patch_um_per_px", cut.um_per_px]
+    known += ["--normalise_stain", cut.normalise_stain, "--corrections", out / "corrections.csv"]
+    return [
+        f"train on: {typed(['python', 'pre/cut_patch_2.py', '--data_root', root, *known])}",
+        f"and with --dataset, --val, --test and whatever else {folder} was cut with: {folder / 'run.json'} has it",
+    ]
 
 
 def collect_detections(out: Path, votes: pd.DataFrame, args) -> list[str]:

@@ -33,6 +33,13 @@ def test_the_nearest_annotation_within_the_radius_is_relabelled():
     assert len(found) == 4 and found["confidence"].isna().sum() == 3
 
 
+def test_the_confidence_goes_with_the_label_that_it_was_given_for():
+    table = corrections_of(("a", 100, 100, "1"), ("a", 150, 100, "1"))
+    assert correct(ANNOTATIONS, table)[0]["confidence"].tolist()[:1] == [0.8]
+    assert correct(ANNOTATIONS, corrections_of(("a", 100, 100, "0")))[0]["confidence"].isna().all()
+    assert ANNOTATIONS["confidence"].notna().sum() == 1
+
+
 def test_every_annotation_is_taken_once_by_the_nearest_correction():
     found, changes = correct(ANNOTATIONS[:1], corrections_of(("a", 110, 100, "1"), ("a", 101, 100, "0")))
     assert found[["x_px", "label"]].to_numpy().tolist() == [[100, 0], [110, 1]]

@@ -474,6 +474,16 @@ def test_real_mitos14():
 
 
 @needs_shared
+def test_the_votes_of_the_results_are_those_of_the_real_mitos14():
+    dataset = read_dataset("mitos14", SHARED / "data" / "mitos14", val=["H03"], test=["A05"])
+    table = dataset.annotations.merge(dataset.fields[["image", "case"]], on="image")
+    for row in pd.read_csv(Path(__file__).resolve().parents[1] / "docs/votes.csv").itertuples():
+        confidence = table.loc[table["case"].eq(row.set) | ("all" in row.set), "confidence"]
+        agreed, two, one = ((confidence == value).sum() for value in (1.0, 0.65, 0.2))
+        assert [agreed + (confidence == 0.8).sum(), two, one] == [row.agreed, row.two_of_three, row.one_of_three]
+
+
+@needs_shared
 def test_real_brecahad_and_mitotic_figures():
     dataset = read_dataset("midog", SHARED / "data" / "brecahad", val=["Case_12"], test=["Case_13"])
     assert dataset.fields["split"].value_counts().to_dict() == {"train": 15, "val": 12, "test": 3}

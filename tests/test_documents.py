@@ -58,8 +58,8 @@ def test_results_are_those_of_their_table():
     spec = importlib.util.spec_from_file_location("make_results", ROOT / "docs/make_results.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    table = pd.read_csv(ROOT / "docs/results.csv", dtype={"commit": str})
-    assert script.results(table) == (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    table, votes = pd.read_csv(ROOT / "docs/results.csv", dtype={"commit": str}), pd.read_csv(ROOT / "docs/votes.csv")
+    assert script.results(table, votes) == (ROOT / "docs/results.md").read_text(encoding="utf-8")
     table.loc[table["tp"].notna().idxmax(), "f1"] += 0.01
     with pytest.raises(SystemExit, match="by its counts"):
-        script.results(table)
+        script.results(table, votes)

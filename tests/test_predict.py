@@ -15,6 +15,7 @@ from PIL import Image
 from pipeline import call, fails, succeed
 from test_export import read_sheet
 
+from dasc.data.corrections import UNSURE
 from dasc.data.cut import ValFields, read_cut_fields
 from dasc.detect.val import fit_to_val
 from dasc.errors import WriteError
@@ -301,11 +302,26 @@ def test_other_scan_settings_than_the_threshold_was_chosen_with_are_said(small_r
 
 def val_fields(small_run):
     root, fields, annotations = read_cut_fields(small_run / "patches")
-    return ValFields(root, fields[fields["split"] == "val"], annotations[annotations["label"] == 1])
+    return ValFields(root, fields[fields["split"] == "val"], annotations)
 
 
 def detector_of(small_run):
     return replace(load_detector(small_run / "NS/model.pt", torch.device("cpu")), views=1)
+
+
+def test_what_readers_are_unsure_of_chooses_no_threshold(small_run):
+    """A detection on it is neither right nor false; on a look-alike it is false."""
+    detector, of_val, settings = detector_of(small_run), val_fields(small_run), {"batch_size": 64, "match_um": 7.5}
+    *_, right = fit_to_val(detector, of_val, **settings)
+    changed = (of_val.annotations["label"] == 1) & (of_val.annotations["image"] == of_val.fields["image"].iloc[0])
+    found = {}
+    for label in (0, UNSURE):
+        labels = of_val.annotations["label"].mask(changed, label)
+        annotations = of_val.annotations.assign(label=labels)
+        found[label] = fit_to_val(detector, of_val._replace(annotations=annotations), **settings)[-1]
+    missing = right.sum() - found[0].sum()
+    assert missing > 0 and len(found[0]) == len(right) and found[UNSURE].sum() == found[0].sum()
+    assert (~found[0]).sum() == (~right).sum() + missing and (~found[UNSURE]).sum() <= (~right).sum()
 
 
 def test_the_threshold_of_a_model_that_aligns_no_image(small_run):

@@ -20,6 +20,7 @@ import pytest
 from conftest import made_once
 from pipeline import LIGHT, ROOT, call, check_run_json, fails, succeed
 
+import review
 from dasc.data.datasets import read_dataset
 from dasc.data.tables import MEMORY, read_patches, write_table
 from dasc.files import sha256
@@ -74,7 +75,8 @@ class Served:
     """review.py in a process of its own, and a browser that asks it."""
 
     def __init__(self, *flags):
-        command = [sys.executable, str(ROOT / "review.py"), *map(str, flags)]
+        free = [] if "--port" in flags else ["--port", 0]  # other tests may serve at the same time
+        command = [sys.executable, str(ROOT / "review.py"), *map(str, [*flags, *free])]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.said = ""
         for line in self.process.stdout:
@@ -305,6 +307,11 @@ def test_a_page_without_a_server_holds_everything(tmp_path, queue):
     assert "http://" not in text and "https://" not in text
 
 
+def test_the_port_is_the_same_after_a_restart():
+    """Browsers keep unsent answers by port; below 32768 no system gives it to a program that asks for any."""
+    assert 1024 <= review.PORT < 32768
+
+
 def test_readers_are_collected(queue, small_run):
     table = read_queue(queue / "queue.csv")
     asked = [item for item in table.index[table["kind"] == "queue"] if table.loc[item, "origin"] == "annotated"]
@@ -324,6 +331,12 @@ def test_readers_are_collected(queue, small_run):
         place[asked[2]]: ["1", "0", "M 1; L 2"],
         place[other[0]]: ["", "1", "M 2; L 1"],
     }
+    cut = re.search(r"train on: python (pre/cut_patch_2.py .*)", done.out)[1]
+    assert f"--data_root {small_run / 'sample'} " in cut and "..." not in cut and "run.json has it" in done.out
+    rest = ["--dataset", "sample", "--shifts", 0, "--out", queue / "cut"]
+    succeed(*cut.split(), *rest)
+    before, after = ((folder / "cut.json").read_text() for folder in (small_run / "patches", queue / "cut"))
+    assert before == after
     agreement = json.loads((queue / "agreement.json").read_text())
     assert agreement["readers"] == ["AB", "CD", "EF"] and len(agreement["cohen_kappa"]) == 3
     assert agreement["accuracy_on_controls"]["EF"]["value"] == 1

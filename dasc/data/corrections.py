@@ -71,7 +71,8 @@ def correct(annotations: pd.DataFrame, corrections: pd.DataFrame) -> tuple[pd.Da
     """The annotations after the corrections, in their order, what is new last in its image; how many of each kind.
 
     The annotation nearest to a correction within SAME_UM gets its label, each annotation once; where there is none, one
-    is added. An annotation of label UNSURE is in neither training nor judging.
+    is added. An annotation of label UNSURE is in neither training nor judging. The annotators' confidence goes with the
+    label that it was given for.
 
     Args:
         annotations: image, x_px, y_px, label, and columns that stay. corrections: as `read_corrections` gives them.
@@ -93,6 +94,8 @@ def correct(annotations: pd.DataFrame, corrections: pd.DataFrame) -> tuple[pd.Da
             what = "already so" if labels[number] == new else "unsure" if new == UNSURE else names[1 - new]
             changes[what] += 1
             labels[number] = new
+    if "confidence" in annotations:
+        annotations["confidence"] = annotations["confidence"].where(annotations["label"] == labels)
     annotations = annotations.assign(label=labels)
     if added:
         new = pd.DataFrame(added).reindex(columns=annotations.columns)

@@ -27,11 +27,11 @@ class Cut(NamedTuple):
 
 
 class ValFields(NamedTuple):
-    """The validation fields: the dataset's folder, their rows of fields.csv, and their mitoses (image, x_px, y_px)."""
+    """The validation fields: the dataset's folder, their rows of fields.csv and of annotations.csv."""
 
     root: Path
     fields: pd.DataFrame
-    mitoses: pd.DataFrame
+    annotations: pd.DataFrame
 
 
 def read_val_fields(folder: Path, data_root: str = "", optional: bool = False) -> ValFields | None:
@@ -50,8 +50,7 @@ def read_val_fields(folder: Path, data_root: str = "", optional: bool = False) -
     for path in fields["path"]:
         if not (root / path).is_file():
             raise InputError(f"{root / path}: this val field is gone; --data_root names the dataset's folder")
-    mitoses = annotations[(annotations["label"] == 1) & annotations["image"].isin(fields["image"])]
-    return ValFields(root, fields, mitoses)
+    return ValFields(root, fields, annotations[annotations["image"].isin(fields["image"])])
 
 
 def read_cut_fields(folder: Path, data_root: str = "") -> tuple[Path, pd.DataFrame, pd.DataFrame]:

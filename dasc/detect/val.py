@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from dasc.data.corrections import without_unsure
 from dasc.data.cut import ValFields
 from dasc.detect.field import detections_of, look_at
 from dasc.images.read import read_field
@@ -20,6 +21,8 @@ def fit_to_val(
     detector: Detector, val: ValFields, *, batch_size: int, match_um: float, align: bool = True
 ) -> tuple[Detector, pd.DataFrame, np.ndarray, np.ndarray]:
     """Fix calibration and threshold by scanning the val fields as predict.py would, with the same scan settings.
+
+    What readers are unsure of is left out, as in judging, and so are detections on it.
 
     batch_size: patches scored together. match_um: a detection this near to a mitosis is right.
     align: False: for a detector that aligns no image.
@@ -38,8 +41,10 @@ def fit_to_val(
     aligned = replace(detector, calibration=Calibration(alignment=alignment))
     found = []
     for field, looked in zip(fields, looks, strict=True):
-        detections = detections_of(looked, aligned, field.um_per_px, SMALLEST)
-        truth_px = val.mitoses.loc[val.mitoses["image"] == field.image, ["x_px", "y_px"]].to_numpy()
+        detections = detections_of(looked, aligned, field.um_per_px, SMALLEST).assign(image=field.image)
+        annotations = val.annotations[val.annotations["image"] == field.image]
+        truth, detections = without_unsure(annotations, detections, {field.image: field.um_per_px})
+        truth_px = truth.loc[truth["label"] == 1, ["x_px", "y_px"]].to_numpy()
         found_px = detections[["x_px", "y_px"]].to_numpy()
         found.append((truth_px * field.um_per_px, found_px * field.um_per_px, detections["probability"].to_numpy()))
     probabilities = np.concatenate([np.empty(0), *(probability for _, _, probability in found)])

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from sklearn.metrics import precision_recall_curve
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dasc.data.cut import Cut
 from dasc.data.tables import LABELS
@@ -100,7 +101,7 @@ def update_ema(ema: CamNetwork, network: CamNetwork, decay: float, step: int) ->
     of_ema, of_network = (list(itertools.chain(each.parameters(), each.buffers())) for each in (ema, network))
     pairs = list(zip(of_ema, of_network, strict=True))
     means, weights = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
-    torch._foreach_lerp_(means, weights, 1 - decay)  # on a GPU a few kernels, not one per tensor
+    get_ema_multi_avg_fn(decay)(means, weights, None)  # on a GPU a few kernels, not one per tensor
     for count, now in pairs:
         if not count.is_floating_point():
             count.copy_(now)  # of the batches that batch norm has seen

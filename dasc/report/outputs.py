@@ -57,7 +57,7 @@ def write_image(
     """Write the detections of one image in the formats of other programs, and a picture: its overlay or its tissue.
 
     detections: image, x_px, y_px, probability, mitosis. smallest: probability from which they are written.
-    truth: the annotated mitoses, x_px, y_px, label, where there are any. qupath: detections or annotations.
+    truth: the annotations, x_px, y_px, label, where there are any. qupath: detections or annotations.
     export: asap, coco. overlays: draw a field's detections. match: the rule by which a detection is right.
     """
     halves = half_sides(detections, slide.width, slide.height, um_per_px, SQUARE_UM)

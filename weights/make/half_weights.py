@@ -23,7 +23,7 @@ from dasc.report.plots import reliability
 def fitted_on(model_path: Path, cut_folder: Path, cases: list[str], align: bool) -> Detector:
     """The detector fitted to all fields of these cases as stage 2 fits it to the val fields."""
     root, fields, annotations = read_cut_fields(cut_folder)
-    of_cases = ValFields(root, fields[fields["case"].isin(cases)], annotations[annotations["label"] == 1])
+    of_cases = ValFields(root, fields[fields["case"].isin(cases)], annotations)
     detector = load_detector(model_path, torch.device("cpu"))
     detector, curve, probabilities, right = fit_to_val(
         detector, of_cases, batch_size=256, match_um=detector.merge_um, align=align
