@@ -204,7 +204,7 @@ def val(tmp_path_factory):
         cv2.imwrite(str(root / f"{number}.png"), cv2.cvtColor(cv2.GaussianBlur(image, (0, 0), 1.5), cv2.COLOR_RGB2BGR))
         fields.append((f"{number}", f"{number}.png", 0.25))
     fields = pd.DataFrame(fields, columns=["image", "path", "um_per_px"])
-    return ValFields(root, fields, pd.DataFrame(mitoses, columns=["image", "x_px", "y_px"]))
+    return ValFields(root, fields, pd.DataFrame(mitoses, columns=["image", "x_px", "y_px"]).assign(label=1))
 
 
 @pytest.mark.parametrize("align", [True, False])

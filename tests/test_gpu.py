@@ -114,7 +114,7 @@ def test_judged_results_are_taken_over_into_the_table(tmp_path):
     results.write_text(json.dumps({"quick": False, "rows": [row]}))
     assert script.take_over(results, table) == 1 and script.take_over(results, table) == 0  # once is enough
     assert table.read_bytes().startswith(before)
-    document = script.results(script.read(table))
+    document = script.results(script.read(table), pd.read_csv(ROOT / "docs/votes.csv"))
     assert "| 1 | mitos14 H05 | stage 2 | 0 | 0.750 (0.500-0.900) | 0.750 | 0.750 | 6 2 2 | 0.700 | 0.800 |" in document
     results.write_text(json.dumps({"quick": True, "rows": [row]}))
     with pytest.raises(SystemExit, match="--quick"):
