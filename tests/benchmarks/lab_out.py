@@ -16,7 +16,8 @@ and neither laboratory loses more than one point of it; with three seeds where i
 Every way to set the operating point (RULES) is judged on the same scan. Whatever a run has finished is not done again.
 Writes OUT/lab_out.csv (with --quality lab_out_jpegQ.csv), a row per laboratory and rule. --against another OUT: the
 difference of F1 and of average precision, rule by rule, with a paired 95 % bootstrap over the fields; without it the
-difference from the rule `not aligned`.
+difference from the rule `not aligned`. With both laboratories OUT/operating_point.json too: alignment, calibration and
+threshold for a network trained on all of them (weights/make/half_weights.py).
 """
 
 import argparse
@@ -38,7 +39,7 @@ from dasc.data.datasets import read_dataset
 from dasc.data.patches import as_jpeg
 from dasc.detect.field import look_at, merge
 from dasc.detect.val import SMALLEST
-from dasc.files import write_csv
+from dasc.files import write_csv, write_json
 from dasc.images.read import read_field
 from dasc.judge.calibration import ALIGNMENT_PRIOR, fit_calibration, ordinary_odds, right_detections
 from dasc.judge.metrics import (
@@ -164,8 +165,8 @@ def mitoses(truth: pd.DataFrame) -> pd.DataFrame:
     return truth[truth["label"] == 1]
 
 
-def judged_by(rule: Rule, val: tuple, judged: tuple) -> tuple[dict, pd.DataFrame]:
-    """Figures of one rule, and counts of every field: tp, fp, fn, and of its detections probability and right.
+def judged_by(rule: Rule, val: tuple, judged: tuple) -> tuple[dict, tuple[pd.DataFrame, pd.DataFrame]]:
+    """Figures of one rule; tp, fp and fn of every field, and all detections: field, probability, right.
 
     val, judged: fields, detections and annotations of the fields that choose, and of those that are judged.
     """
@@ -202,6 +203,40 @@ def judged_by(rule: Rule, val: tuple, judged: tuple) -> tuple[dict, pd.DataFrame
     return figures, (counts, pd.DataFrame({"field": image, "probability": scores, "right": right}))
 
 
+def operating_point(labs: list[tuple], share: float) -> dict:
+    """What a network trained on all laboratories gets of its siblings, each judged on the laboratory it never saw.
+
+    The laboratories count alike, however many fields and mitoses they have: detections when the calibration is fitted,
+    precision, recall and F1 in the curve that chooses the threshold.
+
+    labs: fields, detections and annotations of each, as scanned by its sibling. share: of the score alignment.
+    """
+    level = float(np.mean([fields["level"].mean() for fields, _, _ in labs]))
+    founds = []
+    for fields, detections, truth in labs:
+        moved = aligned(fields, detections, level, share)
+        founds.append(fields_in_um(mitoses(truth), moved, fields.set_index("image")["um_per_px"]))
+    scores = [np.concatenate([probability for *_, probability in found]) for found in founds]
+    right = np.concatenate([right_detections(found, RADIUS_UM) for found in founds])
+    weights = np.concatenate([np.full(len(each), 1 / len(each)) for each in scores])
+    calibration = fit_calibration(np.concatenate(scores), right, weights)
+    thresholds = np.unique(calibration.calibrate(np.concatenate(scores)))[::-1]
+    mean = pd.DataFrame(0.0, index=range(len(thresholds)), columns=["precision", "recall", "f1"])
+    for found in founds:
+        found = [(*places, calibration.calibrate(probability)) for *places, probability in found]
+        curve = choose_threshold(found, RADIUS_UM)[1]
+        reached = np.searchsorted(-curve["threshold"].to_numpy(), -thresholds, side="right") - 1
+        mean += np.where(reached[:, None] < 0, 0.0, curve[mean.columns].to_numpy()[reached]) / len(founds)
+    curve = mean.assign(threshold=thresholds)[["threshold", *mean.columns]]
+    return {
+        "temperature": calibration.temperature,
+        "offset": calibration.offset,
+        "alignment": level if share else None,
+        "threshold": plateau_threshold(curve),
+        "val_curve": curve.to_dict("list"),
+    }
+
+
 def spread(one: tuple, other: tuple, seed: int = 0, repeats: int = 1000) -> dict[str, float]:
     """Differences (one minus other) of F1 and average precision over the same fields: 95 % paired bootstrap."""
     rng = np.random.default_rng(seed)
@@ -225,9 +260,9 @@ def weighted_precision(counts: pd.DataFrame, found: pd.DataFrame, times: np.ndar
     return float((np.diff(right, prepend=0) * precision).sum() / max(total, 1))
 
 
-def results(out: Path, args: argparse.Namespace) -> dict[tuple[str, str], tuple]:
-    """Figures and counts by laboratory and rule; trains and scans what is missing."""
-    found = {}
+def results(out: Path, args: argparse.Namespace) -> tuple[dict[tuple[str, str], tuple], list[tuple]]:
+    """Figures and counts by laboratory and rule, and the judged laboratories; trains and scans what is missing."""
+    found, labs = {}, []
     for name in args.labs:
         lab, home = LABS[name], out / name
         model_path = train(name, home, args)
@@ -243,7 +278,8 @@ def results(out: Path, args: argparse.Namespace) -> dict[tuple[str, str], tuple]
             sides.append((fields, detections, truth))
         for rule_name, rule in RULES.items():
             found[name, rule_name] = judged_by(rule, *sides)
-    return found
+        labs.append(sides[1])
+    return found, labs
 
 
 if __name__ == "__main__":
@@ -256,10 +292,11 @@ if __name__ == "__main__":
     parser.add_argument("--quality", type=int, help="compress the judged fields once more, as JPEG of this quality")
     parser.add_argument("--cut_flags", default="", help="more flags of pre/cut_patch_2.py, in one string")
     parser.add_argument("--train_flags", default="", help="more flags of NS/sigle.py, in one string")
+    parser.add_argument("--rule", default="aligned", help="rule of operating_point.json")
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     args = parser.parse_args()
-    found = results(args.out, args)
-    base = results(args.against, args) if args.against else {key: found[key[0], "not aligned"] for key in found}
+    found, labs = results(args.out, args)
+    base = results(args.against, args)[0] if args.against else {key: found[key[0], "not aligned"] for key in found}
     rows = []
     for (lab, rule), (figures, counted) in found.items():
         reference = base[lab, rule]
@@ -267,5 +304,7 @@ if __name__ == "__main__":
         rows.append({"lab": lab, "rule": rule, **figures, **difference, **spread(counted, reference[1])})
     table = pd.DataFrame(rows)
     write_csv(args.out / (f"lab_out_jpeg{args.quality}.csv" if args.quality else "lab_out.csv"), table)
+    if len(labs) == len(LABS) and not args.quality:
+        write_json(args.out / "operating_point.json", operating_point(labs, RULES[args.rule].aligned))
     print(table.round(3).to_string(index=False))
     print(table.groupby("rule", sort=False)[["f1", "ap", "oracle_f1"]].mean().round(3).to_string())
