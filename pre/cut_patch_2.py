@@ -37,7 +37,6 @@ PER_MM2: Positive = (
 SHIFTS: Natural = 3  # moved copies of every mitosis of the training split
 SHIFT_SHARE: Share = 0.2  # largest move of a copy, in parts of the patch
 TURN_PROBABILITY: Share = 0.8  # share of the copies that are also turned, by 60 to 180 degrees
-JPEG_SHARE: Share = 0.0  # share of the training fields cut from a copy compressed as JPEG, at a quality of 50 to 95
 EXCLUDE_UM: Amount = 20.0  # candidates nearer than this to a mitosis are never negatives
 SAME_UM: Amount = 7.5  # candidates nearer than this to an annotated hard negative are the same nucleus
 RANDOM_PER_POSITIVE: Amount = 1.0  # random negatives per mitosis patch of a training field
@@ -72,7 +71,7 @@ from tqdm import tqdm
 from dasc.data.corrections import UNSURE, correct_dataset
 from dasc.data.cut import Cut, write_cut
 from dasc.data.datasets import Dataset, drop_outside, read_as_asked
-from dasc.data.patches import CutPatch, PatchCutter, as_jpeg, at_point, away_from, negatives, shifted, write_patch
+from dasc.data.patches import CutPatch, PatchCutter, at_point, away_from, negatives, shifted, write_patch
 from dasc.data.resolutions import asked_um_per_px
 from dasc.data.tables import ANNOTATIONS, FIELDS, LABELS, PATCHES, SPLITS, write_table
 from dasc.detect.candidates import find_candidates
@@ -86,7 +85,6 @@ from dasc.images.stain import normalise_stain
 from dasc.model.checkpoint import Detector, load_detector
 from dasc.run import pick_device, record_run, run_script
 
-JPEG_QUALITY = (50, 95)  # of the copies of JPEG_SHARE: from strongly compressed slides to what shows no loss
 RESOLUTION = ("um_per_px", "um_per_px_source", "um_per_px_note")  # of a field: the number, where from, what contradicts
 # No patch depends on these: where things lie (hashes decide), and how fast they are read and scored.
 PASSING = ("out", "data_root", "model_path", "device", "batch_size", "workers", "check_labels", "resume")
@@ -230,8 +228,7 @@ def cut_field(field, known: Known, root: Path, partial: Path, args, network, tur
     hard_negatives = annotations.loc[annotations["label"] == 0, ["x_px", "y_px"]].to_numpy(float)
     hard_negatives = hard_negatives if args.hard_negatives else hard_negatives[:0]
     rng = np.random.default_rng([args.seed, zlib.crc32(field.image.encode("utf-8", "surrogatepass"))])
-    shown = compressed_or_not(image, field, args)
-    shown = normalise_stain(shown) if args.normalise_stain else shown
+    shown = normalise_stain(image) if args.normalise_stain else image
     cutter = PatchCutter(shown, um_per_px, args.patch_um_per_px, args.patch_size)
 
     cuts = [at_point(cutter, 1, "annotated", point) for point in mitoses]
@@ -267,14 +264,6 @@ def cut_field(field, known: Known, root: Path, partial: Path, args, network, tur
         "patches": rows,
     }
     write_json(record, content)
-
-
-def compressed_or_not(image: np.ndarray, field, args) -> np.ndarray:
-    """The field, or, for JPEG_SHARE of the training fields, what a JPEG of it shows."""
-    rng = np.random.default_rng([args.seed, 1, zlib.crc32(field.image.encode("utf-8", "surrogatepass"))])
-    if field.split != "train" or rng.random() >= args.jpeg_share:
-        return image
-    return as_jpeg(image, int(rng.integers(*JPEG_QUALITY, endpoint=True)))
 
 
 def write_one(cut: CutPatch, number: int, field, partial: Path) -> dict:

@@ -34,18 +34,6 @@ def resample(image: np.ndarray, um_per_px: float, to_um_per_px: float) -> np.nda
     return cv2.resize(image, (width, height), interpolation=interpolation)
 
 
-def as_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    """A field (H, W, 3) uint8 RGB as JPEG shows it at a quality of 1 to 100, its colours at half the resolution."""
-    options = [
-        cv2.IMWRITE_JPEG_QUALITY,
-        quality,
-        cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
-        cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420,
-    ]
-    _, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
-    return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
-
-
 class PatchCutter:
     """Cuts patches of `size` px at `to_um_per_px` from one field; the field is mirrored beyond its edge.
 
