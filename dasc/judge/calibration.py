@@ -90,7 +90,7 @@ def right_detections(fields: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]
     return np.concatenate(right)
 
 
-def fit_calibration(probabilities: np.ndarray, right: np.ndarray) -> Calibration:
+def fit_calibration(probabilities: np.ndarray, right: np.ndarray, weights: np.ndarray | None = None) -> Calibration:
     """Temperature and offset that make probabilities agree with how many detections are right; no alignment.
 
     The offset stands beside the temperature because training sees as many mitoses as negatives and a field does not; a
@@ -98,7 +98,7 @@ def fit_calibration(probabilities: np.ndarray, right: np.ndarray) -> Calibration
     1999), so that a few detections cannot give certainty. With fewer than FEWEST of either kind, or where the
     probabilities do not rise with being right, nothing is changed.
 
-    probabilities: (N,), of detections. right: (N,) bool.
+    probabilities: (N,), of detections. right: (N,) bool. weights: (N,), how much each counts; None: all alike.
     """
     hits, misses = int(right.sum()), int((~right).sum())
     if min(hits, misses) < FEWEST:
@@ -108,7 +108,7 @@ def fit_calibration(probabilities: np.ndarray, right: np.ndarray) -> Calibration
 
     def loss(parameters: np.ndarray) -> float:
         z = parameters[0] * x + parameters[1]
-        return float(np.mean(np.logaddexp(0, z) - target * z))
+        return float(np.average(np.logaddexp(0, z) - target * z, weights=weights))
 
     slope, offset = minimize(loss, np.array([1.0, 0.0]), method="BFGS").x
     if not (np.isfinite([slope, offset]).all() and slope > 0.05):

@@ -1,8 +1,8 @@
 """One table dataset out of several, to train on all of them: what weights/dasc_mitos.pt learned from.
 
-Reads what it finds in --data: mitos14 (official layout; --val and --test name slides), brecahad (MIDOG layout, 0.25
-um/px assumed; case 10 to train on, the others test or val) and mitotic_figures (table of 128 px crops centred on a
-mitosis).
+Reads what it finds in --data: mitos14 (official layout) and icpr12 (table of whole fields), whose slides --val and
+--test name, brecahad (MIDOG layout, 0.25 um/px assumed; case 10 to train on, the others test or val), mitotic_figures
+and tcga_figures (tables of 128 px crops centred on a mitosis).
 Writes OUT/fields.csv, annotations.csv and images/.
 
 The crops of one case become one strip, so that the stain is measured on all of them and not on a picture that is
@@ -35,6 +35,7 @@ CLEAR_UM = 10.0  # a candidate this far from the mitosis of its crop is another 
 EDGE_UM = 6.0  # a candidate nearer to the edge of its crop would be seen beside its own mirror image
 FRAME = 40  # px of mirror image round a crop: half of the largest patch
 BRECAHAD_TRAIN = "Case_10"
+SLIDES = {"mitos14": "mitos14", "icpr12": "table"}  # sets of whole fields by slide, and their layouts
 
 Rows = list[tuple]
 
@@ -90,9 +91,9 @@ def negatives(picture: np.ndarray, middles_px: np.ndarray, side: int, rng: np.ra
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with mitos14, brecahad, mitotic_figures")
-    parser.add_argument("--val", default="H03", help="slides of mitos14 for validation, A,B")
-    parser.add_argument("--test", default="H05", help="slides of mitos14 for the test; empty: none")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the sets")
+    parser.add_argument("--val", default="H03", help="slides of mitos14 and icpr12 for validation, A,B")
+    parser.add_argument("--test", default="H05", help="slides of both for the test; empty: none")
     parser.add_argument("--brecahad", default="test", choices=("val", "test"), help="split of its other cases")
     parser.add_argument("--sets", nargs="+", default=["mitos14", "brecahad", "mitotic_figures"])
     parser.add_argument("--out", type=Path, default=Path("data/combined"))
@@ -101,9 +102,10 @@ if __name__ == "__main__":
     for name in args.sets:
         root = args.data / name
         (args.out / "images" / name).mkdir(parents=True, exist_ok=True)
-        if name == "mitos14":
-            splits = tuple([case for case in cases.split(",") if case] for cases in (args.val, args.test))
-            parts = whole_fields("mitos14", root, splits, args.out)
+        if name in SLIDES:
+            slides = set(read_dataset(SLIDES[name], root, [], []).fields["case"])
+            splits = tuple([case for case in cases.split(",") if case in slides] for cases in (args.val, args.test))
+            parts = whole_fields(SLIDES[name], root, splits, args.out)
         elif name == "brecahad":
             cases = sorted(set(read_dataset("midog", root, [], []).fields["case"]) - {BRECAHAD_TRAIN})
             parts = whole_fields("midog", root, (cases, []) if args.brecahad == "val" else ([], cases), args.out)
