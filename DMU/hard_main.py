@@ -51,7 +51,7 @@ from dasc.files import write_csv
 from dasc.model import loop
 from dasc.model.augment import training_view
 from dasc.model.checkpoint import read_last, training_settings
-from dasc.model.transfer import gather, read_later, resident, upload
+from dasc.model.transfer import upload
 from dasc.report.plots import curves
 from dasc.run import pick_device, record_run, run_script
 
@@ -143,21 +143,18 @@ def train(
     strengths = (args.stain, args.light, args.focus)
     seen_after = loop.epochs_of(args.seen_after_share, args.epochs)
     guard = loop.LossGuard(args.nan_steps, -(-len(of_label) // args.batch_size))
-    learned = [resident(one, device) for one in (patches, of_label)]
+    learned = loop.Rows(device, patches, of_label)
     for epoch in range(done, args.epochs):
         generator = loop.epoch_generator(args.seed, epoch)
         network.train()
         total, skipped = 0.0, 0
         draws = torch.multinomial(1 / frequency[of_label], len(of_label), replacement=True, generator=generator)
         for batch in tqdm(loop.batches(draws, args.batch_size), f"{word}, epoch {epoch}", leave=False):
-            shown, truth = gather(learned, batch, device)
+            shown, truth = learned(batch)
             views = training_view(shown, generator, *strengths)
             with loop.autocast(device):
                 loss = F.cross_entropy(network(views).float(), truth)
-            read = read_later(loss[None])
-            optimizer.zero_grad()
-            loss.backward()
-            (loss,) = read()
+            (loss,) = loop.backward(optimizer, loss)
             if guard.passes_over(loss, epoch):
                 skipped += len(batch)
                 continue
@@ -167,7 +164,7 @@ def train(
         row = {"label": word, "epoch": epoch, "loss": total / (len(of_label) - skipped), "correct": float("nan")}
         row["skipped"] = skipped
         if epoch >= seen_after:  # every patch once, so that every share rests on as many views
-            right = predict(network, learned[0], generator, strengths, 2 * args.batch_size) == of_label
+            right = predict(network, learned.tensors[0], generator, strengths, 2 * args.batch_size) == of_label
             state["seen"][members] += 1
             state["correct"][members] += right
             row["correct"] = right.float().mean().item()

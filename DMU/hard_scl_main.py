@@ -79,7 +79,6 @@ from dasc.model.checkpoint import read_last, training_settings
 from dasc.model.clusters import concentration, subclasses
 from dasc.model.inference import embed_patches, score_patches
 from dasc.model.network import fold_batch_norms
-from dasc.model.transfer import gather, read_later, resident
 from dasc.report.plots import contact_sheet, embedding, reliability
 from dasc.report.trained import write_detector
 from dasc.run import pick_device, record_run, run_script
@@ -162,7 +161,7 @@ def train(network, patches, points_px, rows, val_patches, val_labels, settings, 
     cluster_every = max(1, round(args.cluster_every_share * args.epochs))
     steps = -(-len(labels) // args.batch_size)
     guard = loop.LossGuard(args.nan_steps, steps)
-    learned = [resident(one, device) for one in (patches, labels, hardness)]
+    learned = loop.Rows(device, patches, labels, hardness)
     for epoch in range(len(log), args.epochs):
         generator = loop.epoch_generator(args.seed, epoch)
         if epoch >= contrast_labels and (epoch - contrast_labels) % cluster_every == 0:
@@ -170,14 +169,14 @@ def train(network, patches, points_px, rows, val_patches, val_labels, settings, 
             groups = torch.from_numpy(subclasses(features, labels.numpy(), args.subclasses, args.seed))
             spread = torch.from_numpy(concentration(features, groups.numpy()))
             spreads = losses.subclass_temperatures(spread, args.temperature)
-        grouped = [resident(one, device) for one in (groups, spreads[groups].float())]
+        grouped = loop.Rows(device, groups, spreads[groups].float())
         network.train()
         totals, skipped = dict.fromkeys(LOSSES, 0.0), 0
         order = loop.batches(loop.balanced_order(labels, generator), args.batch_size)
         progress = tqdm(order, f"epoch {epoch}", leave=False)
         for step, batch in enumerate(progress):
             optimizer.param_groups[0]["lr"] = args.lr * loop.cosine((epoch + step / steps) / args.epochs)
-            shown, batch_labels, hard = gather(learned, batch, device)
+            shown, batch_labels, hard = learned(batch)
             views, points = located_view(shown, points_px[batch], generator, args.stain, args.light, args.focus)
             with loop.autocast(device):
                 maps = network.features(views)
@@ -189,15 +188,12 @@ def train(network, patches, points_px, rows, val_patches, val_labels, settings, 
                 contrastive = losses.supervised_contrastive(z, batch_labels, args.temperature)
             else:
                 softer, weights = 1 + args.level_temperature * hard, 1 - args.level_weight * hard
-                group, spread = gather(grouped, batch, device)
+                group, spread = grouped(batch)
                 temperatures = args.temperature * softer, spread * softer
                 contrastive = losses.subclass_contrastive(z, batch_labels, group, *temperatures, weights, args.gamma)
             place = losses.localisation(cam[:, 1], points, patches.shape[-1])
             loss = classification + args.contrastive_weight * contrastive + args.localisation_weight * place
-            read = read_later(torch.stack([loss, classification, contrastive, place]))
-            optimizer.zero_grad()
-            loss.backward()
-            parts = read()
+            parts = loop.backward(optimizer, loss, classification, contrastive, place)
             if guard.passes_over(parts[0], epoch):
                 skipped += len(batch)
                 continue

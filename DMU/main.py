@@ -58,7 +58,7 @@ from dasc.model.checkpoint import load_initial_weights, read_last, save_checkpoi
 from dasc.model.losses import generalised_cross_entropy
 from dasc.model.memory import STATES, UNSEEN, VIEWS, Memory, Settings, noise_score, start, thresholds, update
 from dasc.model.network import CLASSES, DualNetwork
-from dasc.model.transfer import gather, read_later, resident, upload
+from dasc.model.transfer import upload
 from dasc.model.views import strong_view, weak_view
 from dasc.report.plots import curves
 from dasc.run import pick_device, record_run, run_script
@@ -125,7 +125,7 @@ def train(network, patches, labels, units: Settings, settings: dict, args) -> tu
     )
     steps = -(-len(labels) // args.batch_size)
     guard = loop.LossGuard(args.nan_steps, steps)
-    learned = [resident(one, device) for one in (patches, labels)]
+    learned = loop.Rows(device, patches, labels)
     network.train()
     for epoch in range(len(log), args.epochs):
         generator = loop.epoch_generator(args.seed, epoch)
@@ -138,7 +138,7 @@ def train(network, patches, labels, units: Settings, settings: dict, args) -> tu
         progress = tqdm(order, f"epoch {epoch}", leave=False)
         for step, batch in enumerate(progress):
             optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (epoch + (step + 1) / steps) / max(warmup, 1e-9))
-            shown, batch_labels = gather(learned, batch, device)
+            shown, batch_labels = learned(batch)
             weak = weak_view(shown, generator, args.weak_strength)
             strong = strong_view(shown, generator, args.strong_strength)
             with loop.autocast(device):
@@ -146,10 +146,7 @@ def train(network, patches, labels, units: Settings, settings: dict, args) -> tu
             logits = logits.float()
             losses = generalised_cross_entropy(logits.flatten(0, 1), batch_labels.repeat(len(VIEWS)), args.loss_q)
             loss = view_shares @ (losses.view(len(VIEWS), -1) * weights[batch_labels]).mean(dim=1)
-            read = read_later(loss[None])
-            optimizer.zero_grad()
-            loss.backward()
-            (loss,) = read()
+            (loss,) = loop.backward(optimizer, loss)
             if guard.passes_over(loss, epoch):
                 continue
             optimizer.step()

@@ -59,7 +59,6 @@ from dasc.model.augment import training_view
 from dasc.model.checkpoint import read_last, training_settings
 from dasc.model.inference import score_patches
 from dasc.model.network import fold_batch_norms
-from dasc.model.transfer import gather, read_later, resident
 from dasc.report.plots import reliability
 from dasc.report.trained import write_detector
 from dasc.run import pick_device, record_run, run_script
@@ -116,7 +115,7 @@ def train(network, patches: dict, labels: dict, settings: dict, args) -> tuple[d
         log, best = loop.restore(last, modules), last["best"]
     steps = -(-len(labels["train"]) // args.batch_size)
     guard = loop.LossGuard(args.nan_steps, steps)
-    learned = [resident(one, device) for one in (patches["train"], labels["train"])]
+    learned = loop.Rows(device, patches["train"], labels["train"])
     for epoch in range(len(log), args.epochs):
         generator = loop.epoch_generator(args.seed, epoch)
         network.train()
@@ -125,14 +124,11 @@ def train(network, patches: dict, labels: dict, settings: dict, args) -> tuple[d
         progress = tqdm(order, f"epoch {epoch}", leave=False)
         for step, batch in enumerate(progress):
             optimizer.param_groups[0]["lr"] = args.lr * loop.cosine((epoch + step / steps) / args.epochs)
-            shown, truth = gather(learned, batch, device)
+            shown, truth = learned(batch)
             views = training_view(shown, generator, args.stain, args.light, args.focus)
             with loop.autocast(device):
                 loss = F.cross_entropy(network(views).float(), truth)
-            read = read_later(loss[None])
-            optimizer.zero_grad()
-            loss.backward()
-            (loss,) = read()
+            (loss,) = loop.backward(optimizer, loss)
             if guard.passes_over(loss, epoch):
                 skipped += len(batch)
                 continue
@@ -142,11 +138,10 @@ def train(network, patches: dict, labels: dict, settings: dict, args) -> tuple[d
             progress.set_postfix(loss=f"{loss:.3f}", val_f1=f"{log[-1]['val_f1']:.3f}" if log else "-")
 
         scores = score_patches(fold_batch_norms(ema), patches["val"], 2 * args.batch_size)
-        val_f1 = loop.best_f1(labels["val"].numpy(), scores.numpy())
-        if best is None or val_f1 > max(row["val_f1"] for row in log):
+        f1 = loop.best_f1(labels["val"].numpy(), scores.numpy())
+        if best is None or f1 > max(row["val_f1"] for row in log):
             best = loop.copy_of(ema.state_dict())
-        loss = total / (len(labels["train"]) - skipped)
-        log.append({"epoch": epoch, "loss": loss, "val_f1": val_f1, "skipped": skipped})
+        log.append({"epoch": epoch, "loss": total / (len(labels["train"]) - skipped), "val_f1": f1, "skipped": skipped})
         loop.save_epoch(out, log, modules, best=best, settings=settings)
     return best, log
 

@@ -22,6 +22,7 @@ from dasc.errors import InputError
 from dasc.files import write_csv
 from dasc.model.checkpoint import Detector, interpolate, load_initial_weights, save_checkpoint
 from dasc.model.network import CamNetwork, fold_batch_norms
+from dasc.model.transfer import gather, read_later, resident
 
 
 def start_network(
@@ -66,6 +67,24 @@ def batches(order: Tensor, batch_size: int) -> list[Tensor]:
     if len(parts) > 1 and len(parts[-1]) == 1:
         parts[-2:] = [torch.cat(parts[-2:])]
     return parts
+
+
+class Rows:
+    """Tensors (N, ...) of a training; called with indices (B,) it gives these rows of each on the device."""
+
+    def __init__(self, device: torch.device, *tensors: Tensor) -> None:
+        self.device, self.tensors = device, [resident(tensor, device) for tensor in tensors]
+
+    def __call__(self, batch: Tensor) -> list[Tensor]:
+        return gather(self.tensors, batch, self.device)
+
+
+def backward(optimizer: torch.optim.Optimizer, loss: Tensor, *parts: Tensor) -> list[float]:
+    """Gradients of a loss, and the values of it and its parts, which a GPU hands over while it works on."""
+    read = read_later(torch.stack([loss, *parts]))
+    optimizer.zero_grad()
+    loss.backward()
+    return read()
 
 
 class LossGuard:

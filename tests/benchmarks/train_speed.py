@@ -22,7 +22,7 @@ from dasc.model import loop
 from dasc.model.augment import located_view, training_view
 from dasc.model.losses import graded_cross_entropy, localisation, subclass_contrastive
 from dasc.model.network import CamNetwork
-from dasc.model.transfer import gather, read_later, resident
+from dasc.model.transfer import gather, resident
 from dasc.run import pick_device
 
 PATCHES = 4096  # random ones that the steps draw from
@@ -73,7 +73,7 @@ class Steps:
         views = training_view(shown, self.generator, 0.2, 0.2, 0.8)
         with loop.autocast(self.device):
             loss = F.cross_entropy(self.network(views).float(), truth)
-        self.finish(loss, loss[None])
+        self.finish(loss)
 
     def stage_8(self, batch: torch.Tensor) -> None:
         shown, truth, hardness, group = gather(self.learned, batch, self.device)
@@ -86,17 +86,14 @@ class Steps:
         contrastive = self.subclass_loss(embedding, truth, hardness, group)
         place = localisation(cam[:, 1], points, self.patch_size)
         loss = graded + 0.1 * contrastive + 0.1 * place
-        self.finish(loss, torch.stack([loss, graded, contrastive, place]))
+        self.finish(loss, graded, contrastive, place)
 
     def subclass_loss(self, embedding, truth, hardness, group) -> torch.Tensor:
         softer = 1 + 0.5 * hardness
         return subclass_contrastive(embedding, truth, group, 0.1 * softer, 0.1 * softer, 1 / softer, 0.25)
 
-    def finish(self, loss: torch.Tensor, shown: torch.Tensor) -> None:
-        read = read_later(shown)
-        self.optimizer.zero_grad()
-        loss.backward()
-        read()
+    def finish(self, loss: torch.Tensor, *parts: torch.Tensor) -> None:
+        loop.backward(self.optimizer, loss, *parts)
         self.optimizer.step()
         loop.update_ema(self.average, self.network, 0.98, 10_000)
 
