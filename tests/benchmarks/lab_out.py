@@ -282,6 +282,8 @@ if __name__ == "__main__":
     parser.add_argument("--share", type=float, choices=SHARES, default=1.0, help="alignment of operating_point.json")
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     args = parser.parse_args()
+    if args.by == ["both"] and len(args.labs) < len(LABS):
+        parser.error("--by both: needs both laboratories")
     judged, scans = results(args.out, args)
     base = results(args.against, args)[0] if args.against else {}
     rows = []
