@@ -46,6 +46,7 @@ from dasc.images.read import read_field
 from dasc.judge.calibration import ALIGNMENT_PRIOR, Calibration, fit_calibration, ordinary_odds, right_detections
 from dasc.judge.metrics import (
     RADIUS_UM,
+    bootstrap_f1,
     choose_threshold,
     counts_to_scores,
     fields_in_um,
@@ -206,7 +207,8 @@ class Judged(NamedTuple):
         right = self.detections.sort_values("odds", ascending=False, kind="stable")["right"].cumsum()
         oracle = counts_to_scores(right, np.arange(1, len(right) + 1) - right, tp + fn - right)[2].max()
         ap = precision_of(self, np.ones(len(self.counts), int))
-        figures = {"threshold": self.threshold, "tp": tp, "fp": fp, "fn": fn, "f1": f1}
+        low, high = bootstrap_f1(*(self.counts[name] for name in ("tp", "fp", "fn")))
+        figures = {"threshold": self.threshold, "tp": tp, "fp": fp, "fn": fn, "f1": f1, "f1_low": low, "f1_high": high}
         return figures | {"precision": precision, "recall": recall, "ap": ap, "oracle_f1": oracle}
 
 
@@ -235,7 +237,7 @@ def spread(one: Judged, other: Judged, seed: int = 0, repeats: int = 1000) -> di
     ap = [[precision_of(each, times) for times in drawn] for each in (one, other)]
     ends = {}
     for name, (a, b) in (("f1", f1), ("ap", ap)):
-        ends[f"{name}_low"], ends[f"{name}_high"] = np.quantile(np.subtract(a, b), [0.025, 0.975])
+        ends[f"{name}_gain_low"], ends[f"{name}_gain_high"] = np.quantile(np.subtract(a, b), [0.025, 0.975])
     return ends
 
 
