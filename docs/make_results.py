@@ -20,8 +20,8 @@ import pandas as pd
 from dasc.judge.votes import ceiling
 
 TITLES = {  # by the column `weights`
-    "dasc_mitos v4": "`weights/dasc_mitos.pt` (v4)",
-    "dasc_mitos v4 sibling": "Its sibling: trained the same way without the slides H03 and H05",
+    "dasc_mitos v5": "`weights/dasc_mitos.pt` (v5)",
+    "dasc_mitos v5 sibling": "Its sibling: trained without MITOS-ATYPIA-14, on single figures and ICPR 2012",
     "dasc_figures v2": "`weights/dasc_figures.pt` (v2) as a detector, not trained further",
     "from dasc_figures v2": "Trainings on eight slides of MITOS-ATYPIA-14 from `weights/dasc_figures.pt` (v2)",
 }
@@ -31,10 +31,12 @@ Made by `python docs/make_results.py` from [results.csv](results.csv), which has
 versions and what was tried: [log.md](log.md). What the weights are: [weights/README.md](../weights/README.md). What to
 expect of them: [README](../README.md).
 
-- H03 and H05 are slides of MITOS-ATYPIA-14 with 133 and 147 mitoses; the nine slides without H05 have 332, BreCaHAD's
-  cases 11 to 13 have 55.
+- H03, H05, H07 and H14, "four slides", are slides of MITOS-ATYPIA-14 with 133, 147, 39 and 33 mitoses; its nine slides
+  without H05 have 332. ICPR 2012 (35 fields of five slides) has 226 mitoses, BreCaHAD's cases 11 to 13 have 55.
 - A detection is right within 7.5 um of a mitosis, one to one; counts are pooled over the fields of a set.
-- F1, precision and recall hold at the model's own threshold. The interval of F1 is a 95 % bootstrap over fields.
+- F1, precision and recall hold at the model's own threshold, or where a row says "by other slides" at one that was
+  chosen like it, but without the slide that is judged.
+- The interval of F1 is a 95 % bootstrap over fields.
 - AP: average precision. Oracle F1: F1 at the best threshold for the very fields judged, which nobody knows beforehand.
 - Precision and recall are computed from the counts where they were not recorded. A dash: not recorded.
 """

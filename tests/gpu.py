@@ -39,7 +39,7 @@ from dasc.images.read import read_field
 from dasc.model.checkpoint import load_detector
 from dasc.run import pick_device, project_commit, run_script
 
-EXAMPLE = ROOT / "docs/example/Case_12-02.jpg"
+EXAMPLE = ROOT / "docs/example/Case_13-01.jpg"
 REAL = "mitos14/H03/frames/x40"  # of the shared data: its first field is the one that is checked
 SHARED = (ROOT.parent / "shared/data", ROOT / "shared/data")
 FULL = {  # the sizes that goals are set for

@@ -18,7 +18,7 @@ def test_the_example_is_sound():
         height, width, _ = read_field(EXAMPLE / field.path).shape
         points = dataset.annotations[dataset.annotations["image"] == field.image]
         assert drop_outside(points, width, height)[1] == 0
-    assert set(dataset.annotations["label"]) == {0, 1} and dataset.duplicates == 0
+    assert set(dataset.annotations["label"]) == {1} and dataset.duplicates == 0
     assert sum(path.stat().st_size for path in EXAMPLE.iterdir() if path.is_file()) < MOST_BYTES
     notice = (EXAMPLE / "NOTICE.md").read_text(encoding="utf-8")
     assert "https://creativecommons.org/licenses/by/4.0/" in notice  # the licence asks for its link and the source

@@ -1,6 +1,6 @@
 """Makes docs/detections.jpg, the README's picture, of what predict.py drew on one of the fields in this folder.
 
-Reads results/example/Case_12-02/overlay.png, which `make demo` writes, and so does the command in NOTICE.md.
+Reads results/example/Case_13-01/overlay.png, which `make demo` writes, and so does the command in NOTICE.md.
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 
 ROOT = Path(__file__).resolve().parents[2]
-OVERLAY = ROOT / "results/example/Case_12-02/overlay.png"
+OVERLAY = ROOT / "results/example/Case_13-01/overlay.png"
 PICTURE = ROOT / "docs/detections.jpg"
 WIDTH_PX = 1200
 QUALITY = 85  # of the JPEG
