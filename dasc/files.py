@@ -88,11 +88,13 @@ def replacing_folder(out: Path, mark: str) -> Iterator[Path]:
 
 
 def put_in_place(partial: Path, out: Path) -> None:
-    """Make the finished folder `partial` the folder `out`; an older one stays as `<out>.previous`."""
+    """Make the finished folder `partial` the folder `out`; an older one that is not empty stays as `<out>.previous`."""
     if hasattr(os, "sync"):  # once, where thousands of small files would each wait for the disk
         os.sync()
     previous = out.with_name(f"{out.name}.previous")
-    if out.exists():
+    if out.exists() and not any(out.iterdir()):  # made for this run, by Snakemake for one
+        out.rmdir()
+    elif out.exists():
         if previous.exists():
             shutil.rmtree(previous)
         out.rename(previous)

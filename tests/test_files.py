@@ -47,6 +47,18 @@ def test_files_and_folders_are_brought_to_disk_before_they_take_their_place(tmp_
     assert events == ["fsync", "replace", *names, "sync", "rename", *names]
 
 
+def test_an_empty_folder_takes_no_older_ones_place(tmp_path):
+    for name in ("out.previous", "out", "partial"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "out.previous/kept.csv").touch()
+    (tmp_path / "partial/new.csv").touch()
+    put_in_place(tmp_path / "partial", tmp_path / "out")
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*")} == {
+        "out/new.csv",
+        "out.previous/kept.csv",
+    }
+
+
 @pytest.mark.parametrize("size", [0, 5, PIECE_BYTES, 2 * PIECE_BYTES + 7])
 def test_a_hash_is_that_of_the_whole_file(tmp_path, size):
     content = (bytes(range(251)) * (size // 251 + 1))[:size]
