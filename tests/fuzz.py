@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np
+import sklearn.model_selection  # noqa: F401 older releases of scipy make a folder: before the child is watched
 import torch
 from fuzz_inputs import (
     BACKBONE,
