@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dasc.data.patches import load_patches, read_patch
-from dasc.files import replacing
+from dasc.files import replacing, spelt_out
 
 PACK = "patches.npy"
 PIECE = 1024  # patches packed or moved to a device at a time
@@ -104,7 +104,7 @@ def open_patches(folder: Path, names: list[str], workers: int, size: int) -> Ten
     if len(loose):
         print(
             f"{path}: {len(loose)} of {len(names)} patches are not in it or have changed since (first: "
-            f"{names[loose[0]]}), so their own files are read; {remedy}"
+            f"{spelt_out(names[loose[0]])}), so their own files are read; {remedy}"
         )
         rows[loose] = len(pages) + np.arange(len(loose))
     return MappedPatches(pages, load_patches([paths[row] for row in loose], workers, size), torch.from_numpy(rows))

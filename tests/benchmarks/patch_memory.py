@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,12 +31,13 @@ from dasc.model import loop
 from dasc.model.transfer import gather
 
 SIZE = 80  # px
+DISTINCT = 2000  # patches that are drawn and encoded; the others are copies of their files
 GIB = 2**30
 CPU = torch.device("cpu")
 
 
 def make(folder: Path, n: int) -> None:
-    """A folder of n patches: blurred noise, of all in the training split."""
+    """A folder of n patches of blurred noise, all in the training split; every DISTINCT-th is the same."""
     rng = np.random.default_rng(0)
     noise = cv2.GaussianBlur(rng.integers(0, 256, (2048, 2048, 3), dtype=np.uint8), (0, 0), 2)
     noise = cv2.normalize(noise, None, 60, 250, cv2.NORM_MINMAX)
@@ -50,13 +50,12 @@ def make(folder: Path, n: int) -> None:
     for label in LABELS.values():
         (folder / "train" / label).mkdir(parents=True)
 
-    def write(name: str) -> None:
-        number = int(name.split("_")[1])
-        y, x = number % 1951, number * 7919 % 1951
-        write_patch(folder / name, noise[y : y + SIZE, x : x + SIZE].transpose(2, 0, 1))
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(write, (row[0] for row in rows)))
+    for number, (name, *_) in enumerate(rows):
+        if number < DISTINCT:
+            y, x = rng.integers(0, 2048 - SIZE, 2)
+            write_patch(folder / name, noise[y : y + SIZE, x : x + SIZE].transpose(2, 0, 1))
+        else:
+            shutil.copyfile(folder / rows[number % DISTINCT][0], folder / name)
     write_table(folder / "patches.csv", pd.DataFrame(rows, columns=list(PATCHES)), PATCHES)
     write_cut(folder, Cut(SIZE, 0.25, True, None))
 
