@@ -73,7 +73,7 @@ def memory() -> dict[str, float]:
 
 def first_step(folder: Path, mapped: bool) -> dict[str, float]:
     """What NS/sigle.py does up to its first step, without the network."""
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     table = read_patches(folder / "patches.csv")
     names, size = table["patch"].tolist(), read_cut(folder).patch_size
     read = time.perf_counter()
@@ -85,6 +85,7 @@ def first_step(folder: Path, mapped: bool) -> dict[str, float]:
     order = loop.batches(loop.balanced_order(labels, loop.epoch_generator(0, 0)), 128)
     total = int(gather([patches], order[0], CPU)[0].sum())
     found = {"table_s": read - start, "first_step_s": time.perf_counter() - start}
+    found["first_step_cpu_s"] = time.process_time() - cpu
     found |= {f"{name}_first": value for name, value in memory().items()}
     for batch in order[1:]:
         total += int(gather([patches], batch, CPU)[0].sum())
