@@ -44,7 +44,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dasc.data.cut import read_cut
-from dasc.data.patches import load_patches
+from dasc.data.pack import open_patches
 from dasc.data.tables import CHECKED, LABELS, join_by_patch, levels_of, read_hard, read_patches, write_table
 from dasc.errors import InputError
 from dasc.files import write_csv
@@ -69,8 +69,8 @@ def main(args) -> int:
     loop.check_batch(args.batch_size, patch_size, args.stride)
     patches = {}  # of both labels, before hours of training on one
     for label in learnable:
-        files = [manifest.parent / patch for patch in hard.loc[hard["label"] == label, "patch"]]
-        patches[label] = load_patches(files, args.workers, patch_size)
+        names = hard.loc[hard["label"] == label, "patch"].tolist()
+        patches[label] = open_patches(manifest.parent, names, args.workers, patch_size)
 
     settings = training_settings(args, manifest=manifest, hard=hard_path, init_weights=args.init_weights)
     state = {"log": [], "seen": torch.zeros(len(hard), dtype=torch.long), "settings": settings}

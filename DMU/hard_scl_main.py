@@ -68,7 +68,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from dasc.data.cut import read_cut, read_val_fields
-from dasc.data.patches import load_patches
+from dasc.data.pack import open_patches
 from dasc.data.tables import LABELS, check_both_labels, join_by_patch, read_patches, read_scl
 from dasc.detect.val import fit_to_val
 from dasc.errors import InputError
@@ -98,8 +98,7 @@ def main(args) -> int:
     cut, fields = read_cut(manifest.parent), read_val_fields(manifest.parent, args.data_root)
     loop.check_batch(args.batch_size, cut.patch_size, args.stride)
     patches, val_patches = (
-        load_patches([manifest.parent / patch for patch in part["patch"]], args.workers, cut.patch_size)
-        for part in (rows, val)
+        open_patches(manifest.parent, part["patch"].tolist(), args.workers, cut.patch_size) for part in (rows, val)
     )
     points_px = annotated_points(rows, cut.patch_size, manifest)
 

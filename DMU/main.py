@@ -50,7 +50,7 @@ import torch
 from tqdm import tqdm
 
 from dasc.data.cut import read_cut
-from dasc.data.patches import load_patches
+from dasc.data.pack import open_patches
 from dasc.data.splits import nucleus_of
 from dasc.data.tables import LABELS, MEMORY, check_both_labels, read_patches, write_table
 from dasc.model import loop
@@ -72,7 +72,7 @@ def main(args) -> int:
     check_both_labels(rows, f"{manifest}: split train", "see --val and --test of pre/cut_patch_2.py")
     cut = read_cut(manifest.parent)
     loop.check_batch(args.batch_size, cut.patch_size, args.stride)
-    patches = load_patches([manifest.parent / patch for patch in rows["patch"]], args.workers, cut.patch_size)
+    patches = open_patches(manifest.parent, rows["patch"].tolist(), args.workers, cut.patch_size)
     labels = torch.tensor(rows["label"].to_numpy())
 
     torch.manual_seed(args.seed)

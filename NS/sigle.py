@@ -50,7 +50,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from dasc.data.cut import read_cut, read_val_fields
-from dasc.data.patches import load_patches
+from dasc.data.pack import open_patches
 from dasc.data.tables import SPLITS, check_both_labels, read_patches, without_noisy
 from dasc.detect.val import fit_to_patches, fit_to_val, judge_patches
 from dasc.files import write_json
@@ -75,8 +75,10 @@ def main(args) -> int:
         check_both_labels(parts[split], f"{manifest}: split {split}", "see --val and --test of pre/cut_patch_2.py")
     cut, fields = read_cut(manifest.parent), read_val_fields(manifest.parent, args.data_root, optional=True)
     loop.check_batch(args.batch_size, cut.patch_size, args.stride)
-    files = {split: [manifest.parent / patch for patch in part["patch"]] for split, part in parts.items()}
-    patches = {split: load_patches(files[split], args.workers, cut.patch_size) for split in ("train", "val")}
+    names = {split: part["patch"].tolist() for split, part in parts.items()}
+    patches = {
+        split: open_patches(manifest.parent, names[split], args.workers, cut.patch_size) for split in ("train", "val")
+    }
     labels = {split: torch.tensor(part["label"].to_numpy()) for split, part in parts.items()}
 
     settings = training_settings(args, manifest=manifest, hard=args.hard, init_weights=args.init_weights)
@@ -90,13 +92,13 @@ def main(args) -> int:
     else:
         scores = score_patches(detector.network, patches["val"], 2 * args.batch_size, args.views)
         detector, curve = fit_to_patches(detector, labels["val"].numpy(), scores.numpy())
-        if files["test"]:  # predict.py cannot judge patches that come from no fields
-            test = load_patches(files["test"], args.workers, cut.patch_size)
+        if names["test"]:  # predict.py cannot judge patches that come from no fields
+            test = open_patches(manifest.parent, names["test"], args.workers, cut.patch_size)
             scores = score_patches(detector.network, test, 2 * args.batch_size, args.views)
             write_json(out / "test.json", judge_patches(labels["test"].numpy(), scores.numpy(), detector.threshold))
     panels = {"cross entropy": ["loss"], "F1 of the val patches": ["val_f1"]}
     facts = write_detector(out, detector, best, curve, log, panels, hard_sha256=settings.get("hard_sha256"))
-    inputs = {manifest: len(table)} | ({args.hard: len(files["train"])} if args.hard else {})
+    inputs = {manifest: len(table)} | ({args.hard: len(names["train"])} if args.hard else {})
     record_run(out, args, inputs=inputs, device=device, start_share=args.start_share if start else 0.0, **facts)
     return 0
 

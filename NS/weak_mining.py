@@ -3,7 +3,8 @@
 Reads patches.csv (stage 1, 3 or pre/split_patches.py), the model of NS/sigle.py trained on it, and a pool of patches
 known to be negative only from their slide: a folder, or a CSV with the columns patch and case.
 Writes OUT, a copy of the patches with the mined ones as negatives of the training split: patches.csv to train the
-strong model on, mined.csv (a row per mined patch), contact_sheet.png, false_positives.csv and run.json.
+strong model on and patches.npy (all patches in one file), mined.csv (a row per mined patch), contact_sheet.png,
+false_positives.csv and run.json.
 The pool's features stay in FEATURES for the next run.
 """
 
@@ -33,6 +34,7 @@ UNKNOWN_SLIDES = False  # True: take pool patches whose slide is not known
 SHEET_ROWS: Natural = 40  # false positives on the contact sheet, the most probable first
 DEVICE: Device = "auto"  # auto takes cuda, else mps, else cpu
 BATCH_SIZE: Count = 64  # patches embedded together; less takes less memory
+PACK = True  # also write patches.npy, which trainings map: 3 S^2 bytes per patch of S px; False: they read every file
 SEED = 0  # of the query `random`
 WORKERS: Count = 2  # threads that read patches
 
@@ -44,6 +46,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from dasc.data.cut import read_cut
+from dasc.data.pack import write_pack
 from dasc.data.patches import copy_patches, load_patches, read_patch, write_patch
 from dasc.data.tables import PATCHES, read_patches, write_table
 from dasc.errors import InputError
@@ -90,7 +93,7 @@ def main(args) -> int:
     left_out = {"of val or test slides": int((~allowed).sum()), "near-duplicates of labelled patches": same}
     facts = {"false_positives": len(false_positives), "pool": len(pool), "mined": len(mined), "left_out": left_out}
     with replacing_folder(out, "mined.csv") as partial:
-        write_mined(partial, manifest, table, mined, from_pool)
+        write_mined(partial, manifest, table, mined, from_pool, args)
         write_csv(partial / "false_positives.csv", false_positives.round(6))
         contact_sheet(partial / "contact_sheet.png", groups, columns=COLUMNS)
         record_run(partial, args, inputs={manifest: len(table), model: 1, args.pool: len(pool)}, device=device, **facts)
@@ -122,13 +125,16 @@ def named(mined: pd.DataFrame, pool: pd.DataFrame, table: pd.DataFrame, false_po
     return mined
 
 
-def write_mined(partial: Path, manifest: Path, table: pd.DataFrame, mined: pd.DataFrame, from_pool) -> None:
-    """Write the labelled patches and the mined ones, patches.csv of both and mined.csv."""
+def write_mined(partial: Path, manifest: Path, table: pd.DataFrame, mined: pd.DataFrame, from_pool, args) -> None:
+    """Write the labelled patches and the mined ones, patches.csv and patches.npy of both, and mined.csv."""
     copy_patches(manifest.parent, partial, table["patch"])
     for row in tqdm(mined.itertuples(), "mined patches", len(mined), leave=False):
         write_patch(partial / row.patch, from_pool(row.pool_patch).transpose(2, 0, 1))
     rows = mined.assign(split="train", label=0, origin="mined", point_x_px=np.nan, point_y_px=np.nan)
-    write_table(partial / "patches.csv", pd.concat([table, rows[list(PATCHES)]], ignore_index=True), PATCHES)
+    both = pd.concat([table, rows[list(PATCHES)]], ignore_index=True)
+    write_table(partial / "patches.csv", both, PATCHES)
+    if args.pack:
+        write_pack(partial, both["patch"].tolist(), args.workers)
     columns = ["patch", "distance", "false_positive", "answers", "score", "pool_patch", "case"]
     write_csv(partial / "mined.csv", mined[columns].round({"distance": 6}))
 

@@ -1,7 +1,8 @@
 """Stages 1 and 3 of 9: cut nucleus patches from annotated fields; with a search network, its false positives too.
 
 Reads a dataset (README, "Datasets"); with --fp_mdoel True also the model of stage 2.
-Writes OUT/{train,val,test}/{mitosis,negative}/*.png, patches.csv, fields.csv, annotations.csv, cut.json and run.json.
+Writes OUT/{train,val,test}/{mitosis,negative}/*.png, patches.csv, patches.npy (all patches in one file), fields.csv,
+annotations.csv, cut.json and run.json.
 All patches show the same width of tissue; every coordinate stays in the field's own pixels.
 """
 
@@ -51,6 +52,7 @@ DEVICE: Device = "auto"  # auto takes cuda, else mps, else cpu; only the search 
 BATCH_SIZE: Count = 256  # patches scored together in the search
 SEED = 0  # of the shifted copies and the random negatives
 WORKERS: Count = 2  # fields cut at the same time; each holds one field in memory
+PACK = True  # also write patches.npy, which trainings map: 3 S^2 bytes per patch of S px; False: they read every file
 RESUME = False  # True: go on with an interrupted run of the same settings
 
 if __name__ == "__main__":
@@ -71,6 +73,7 @@ from tqdm import tqdm
 from dasc.data.corrections import UNSURE, correct_dataset
 from dasc.data.cut import Cut, write_cut
 from dasc.data.datasets import Dataset, drop_outside, read_as_asked
+from dasc.data.pack import write_pack
 from dasc.data.patches import CutPatch, PatchCutter, at_point, away_from, negatives, shifted, write_patch
 from dasc.data.resolutions import asked_um_per_px
 from dasc.data.tables import ANNOTATIONS, FIELDS, LABELS, PATCHES, SPLITS, write_table
@@ -87,7 +90,7 @@ from dasc.run import pick_device, record_run, run_script
 
 RESOLUTION = ("um_per_px", "um_per_px_source", "um_per_px_note")  # of a field: the number, where from, what contradicts
 # No patch depends on these: where things lie (hashes decide), and how fast they are read and scored.
-PASSING = ("out", "data_root", "model_path", "device", "batch_size", "workers", "check_labels", "resume")
+PASSING = ("out", "data_root", "model_path", "device", "batch_size", "workers", "check_labels", "pack", "resume")
 
 
 def main(args) -> int:
@@ -188,6 +191,8 @@ def start(out: Path, args, dataset: Dataset) -> Path:
     with writing(partial):
         if partial.exists() and not going_on:  # without a note nobody knows what its patches are
             shutil.rmtree(partial)
+        for left in partial.glob(".*.tmp"):  # what a killed run was writing
+            left.unlink()
         for folder in ("fields", *(f"{split}/{label}" for split in SPLITS for label in LABELS.values())):
             (partial / folder).mkdir(parents=True, exist_ok=True)
     write_json(note, settings)
@@ -293,6 +298,8 @@ def finish(
     write_table(partial / "annotations.csv", pd.DataFrame(annotations, columns=list(ANNOTATIONS)), ANNOTATIONS)
     data_root = str(root.resolve())
     write_cut(partial, Cut(args.patch_size, args.patch_um_per_px, args.normalise_stain, data_root))
+    if args.pack:
+        write_pack(partial, patches["patch"].tolist(), args.workers)
     counts = patches.groupby(["split", "label", "origin"]).size()
     outside = {image: record["outside"] for image, record in zip(fields["image"], records, strict=True)}
     record_run(

@@ -1,8 +1,9 @@
 """Before stage 2, in place of stage 1: labelled patches, or a share of them, as a manifest split by slide.
 
 Reads a folder of patches whose label and slide stand in their names (pos_A00044_5282-12339.png), or a patches.csv.
-Writes OUT: {train,val,test}/{mitosis,negative}/*.png, patches.csv, cut.json and run.json; of a patches.csv its
-fields.csv and annotations.csv too. Label 1, elsewhere called mitosis, is whatever pos_ stands for.
+Writes OUT: {train,val,test}/{mitosis,negative}/*.png, patches.csv, patches.npy (all patches in one file), cut.json and
+run.json; of a patches.csv its fields.csv and annotations.csv too. Label 1, elsewhere called mitosis, is whatever pos_
+stands for.
 """
 
 import sys
@@ -26,6 +27,7 @@ PATCH_UM_PER_PX: Amount = (
 TRAIN_SHARE: SomeShare = 1.0  # share of the training patches that stays: what if fewer had been annotated
 SHARE_OF: Literal["all", "positives"] = "all"  # all: of both labels; positives: every negative stays
 SEED = 0  # of the slides and the share
+PACK = True  # also write patches.npy, which trainings map: 3 S^2 bytes per patch of S px; False: they read every file
 WORKERS: Count = 2  # threads that read and write patches
 
 if __name__ == "__main__":
@@ -38,6 +40,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from dasc.data.cut import Cut, write_cut
+from dasc.data.pack import write_pack
 from dasc.data.patches import copy_patches, write_patch
 from dasc.data.splits import draw_share, draw_slides, parse_cases
 from dasc.data.tables import LABELS, PATCHES, SPLITS, read_patches, write_table
@@ -67,6 +70,8 @@ def main(args) -> int:
         else:
             copy_patches(labelled.parent, partial, table["patch"])
         write_table(partial / "patches.csv", table, PATCHES)
+        if args.pack:
+            write_pack(partial, table["patch"].tolist(), args.workers)
         record_run(partial, args, inputs={args.labelled: len(table)}, patches=len(table))
     counts = table.groupby(["split", "label"]).size().rename("patches")
     print(counts.to_string())

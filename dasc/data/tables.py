@@ -1,6 +1,7 @@
 """What passes between the stages: the columns of every table, to read and to write by, joined by the one key `patch`.
 
-Tables are read with their types and checked. Beside them passes only cut.json (cut.py): run.json is a log.
+Tables are read with their types and checked. Beside them passes only cut.json (cut.py): run.json is a
+log, and patches.npy (pack.py) holds the patches once more, for speed.
 """
 
 from pathlib import Path, PurePosixPath

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from dasc.data.pack import MappedPatches
 from dasc.errors import InputError
 from dasc.model.augment import dihedral, to_float
 from dasc.model.network import CamNetwork
@@ -15,10 +16,12 @@ from dasc.model.transfer import upload
 
 CPU_BATCH = 32  # patches scored together by one core, whose cache holds no more
 
+Patches = torch.Tensor | MappedPatches
+
 logger = logging.getLogger(__name__)
 
 
-def score_patches(network: CamNetwork, patches: torch.Tensor, batch_size: int, views: int = 1) -> torch.Tensor:
+def score_patches(network: CamNetwork, patches: Patches, batch_size: int, views: int = 1) -> torch.Tensor:
     """p(mitosis): (N,) float32 on the CPU.
 
     patches: (N, 3, S, S) uint8, on any device.
@@ -29,7 +32,7 @@ def score_patches(network: CamNetwork, patches: torch.Tensor, batch_size: int, v
     return torch.sigmoid(log_odds(network, patches, batch_size, range(views)))
 
 
-def log_odds(network: CamNetwork, patches: torch.Tensor, batch_size: int, views: Sequence[int] = (0,)) -> torch.Tensor:
+def log_odds(network: CamNetwork, patches: Patches, batch_size: int, views: Sequence[int] = (0,)) -> torch.Tensor:
     """Log odds of a mitosis, (N,) float32 on the CPU.
 
     patches, batch_size: as `score_patches`. views: those averaged, as `augment.dihedral` numbers them.
@@ -41,10 +44,12 @@ def log_odds(network: CamNetwork, patches: torch.Tensor, batch_size: int, views:
     scores, start = [torch.empty(0, device=device)], 0
     with _on_cores(cores) as each:
         while start < len(patches):
-            part = patches[start : start + batch_size * at_once]
-            try:
-                scores += each(lambda batch: _score_batch(network, batch, views), part.split(batch_size))
-                start += len(part)
+            starts = range(start, min(start + batch_size * at_once, len(patches)), batch_size)
+            try:  # mapped patches are read when it is their turn
+                scores += each(
+                    lambda at, size=batch_size: _score_batch(network, patches[at : at + size], views), starts
+                )
+                start += batch_size * at_once
             except torch.OutOfMemoryError as error:
                 if batch_size == 1:
                     raise InputError("the device's memory does not hold one patch; use --device cpu") from error
@@ -80,7 +85,7 @@ def _score_batch(network: CamNetwork, batch: torch.Tensor, views: Sequence[int])
     return logits[:, 1] - logits[:, 0]
 
 
-def embed_patches(network: CamNetwork, patches: torch.Tensor, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def embed_patches(network: CamNetwork, patches: Patches, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Features averaged over the patch, (N, C) float32, and p(mitosis), (N,) float32.
 
     patches: (N, 3, S, S) uint8. batch_size: as `score_patches`, but that a full memory is an error.
@@ -89,7 +94,8 @@ def embed_patches(network: CamNetwork, patches: torch.Tensor, batch_size: int) -
     if device_of(network).type == "cpu":
         cores, batch_size = torch.get_num_threads(), min(batch_size, CPU_BATCH)
     with _on_cores(cores) as each:
-        parts = each(lambda batch: _embed_batch(network, batch), patches.split(batch_size))
+        starts = range(0, len(patches), batch_size)  # as in log_odds
+        parts = each(lambda at: _embed_batch(network, patches[at : at + batch_size]), starts)
     features, scores = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
     return features, scores
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dasc.data.pack import MappedPatches
+
 RESIDENT_SHARE = 0.25  # of a CUDA device's free memory that patches may take for a whole training
 
 
@@ -19,14 +21,14 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def resident(tensor: Tensor, device: torch.device) -> Tensor:
+def resident(tensor: Tensor | MappedPatches, device: torch.device) -> Tensor | MappedPatches:
     """A tensor (N, ...) on a CUDA device if it takes at most RESIDENT_SHARE of the free memory, else as it is."""
     if device.type != "cuda" or tensor.nbytes > RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
         return tensor
     return tensor.to(device)
 
 
-def gather(tensors: list[Tensor], batch: Tensor, device: torch.device) -> list[Tensor]:
+def gather(tensors: list[Tensor | MappedPatches], batch: Tensor, device: torch.device) -> list[Tensor]:
     """These rows (B,) int64 of each tensor (N, ...) on a device, taken where the tensor lies."""
     there = upload(batch, device)
     return [tensor[there] if tensor.device.type == device.type else upload(tensor[batch], device) for tensor in tensors]
