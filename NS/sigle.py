@@ -76,9 +76,7 @@ def main(args) -> int:
     cut, fields = read_cut(manifest.parent), read_val_fields(manifest.parent, args.data_root, optional=True)
     loop.check_batch(args.batch_size, cut.patch_size, args.stride)
     names = {split: part["patch"].tolist() for split, part in parts.items()}
-    patches = {
-        split: open_patches(manifest.parent, names[split], args.workers, cut.patch_size) for split in ("train", "val")
-    }
+    patches = {of: open_patches(manifest.parent, names[of], args.workers, cut.patch_size) for of in ("train", "val")}
     labels = {split: torch.tensor(part["label"].to_numpy()) for split, part in parts.items()}
 
     settings = training_settings(args, manifest=manifest, hard=args.hard, init_weights=args.init_weights)
