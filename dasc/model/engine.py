@@ -21,6 +21,7 @@ from dasc.model.network import CamNetwork
 
 PAYS_PX = 5_000_000  # px of images per core from which `auto` takes OpenVINO: 0.3 mm2 at 0.25 um/px, some 1500 looks of
 # predict.py. What is saved makes up for the start (1.3 s on one core) from 600 looks per core on, 1200 at 64 px.
+INSTALL = "pip install --no-deps openvino"  # without its telemetry; NumPy, its other need, is here
 CLOSE = 1e-4  # p(mitosis) of the engines differs by less
 SETTINGS = {  # of OpenVINO's plugin
     "INFERENCE_PRECISION_HINT": "f32",  # by default bfloat16 or float16 where the CPU has it: p would differ by 0.02
@@ -46,7 +47,7 @@ class PatchEngine:
             if device != "cpu":
                 raise InputError(f"--engine openvino: runs on the CPU, not on {device}; add --device cpu")
             if not installed:
-                raise InputError("--engine openvino: not installed; install it: pip install --no-deps openvino")
+                raise InputError(f"--engine openvino: not installed; {INSTALL}, or leave out --engine")
             self.network = OpenVino(network, patch_size)
         self.may_change = asked == "auto" and device == "cpu" and installed
 
@@ -60,7 +61,7 @@ class PatchEngine:
             try:
                 self.network = OpenVino(self.network, self.patch_size)
             except InputError as error:
-                tqdm.write(f"{error}", file=sys.stderr)
+                tqdm.write(f"OpenVINO is not taken: {error}", file=sys.stderr)
         name = self.network.name if isinstance(self.network, OpenVino) else "torch"
         if self.images and name not in self.used:
             self.used.append(name)
