@@ -9,7 +9,7 @@ and curve.png (what other thresholds would give) too.
 
 from typing import Literal
 
-from dasc.flags import Amount, Count, Device, Layout, Natural, NumberOrTable, Shard, Share, read_flags
+from dasc.flags import Amount, Count, Device, Engine, Layout, Natural, NumberOrTable, Shard, Share, read_flags
 
 # Edit here, or override one run with the flag of the same name.
 IMAGES: list[str] = ["data/sample/images"]  # image files, or folders of them
@@ -47,6 +47,7 @@ CONTESTED: Literal["refuse", "drop"] = "refuse"  # a nucleus with both labels: r
 CHECK_LABELS = True  # refuse labels that do not lie at nuclei, and sizes of images other than the labels state
 MATCH: Literal["um", "uts"] = "um"  # um: within 7.5 um, one to one; uts: within 30 px, many to one, as the paper counts
 DEVICE: Device = "auto"  # auto takes cuda, else mps, else cpu
+ENGINE: Engine = "auto"  # auto takes OpenVINO on a CPU if it is installed and the images are large enough, else torch
 BATCH_SIZE: Count = 256  # patches scored together; less takes less memory
 WORKERS: Count = 2  # threads that read tiles and find candidates
 SEED = 0  # of the bootstrap interval
@@ -72,6 +73,7 @@ from dasc.data.regions import find_roi
 from dasc.data.resolutions import asked_um_per_px
 from dasc.detect.image import count_mitoses, find_mitoses, look_over
 from dasc.detect.labels import check_labels, check_size
+from dasc.detect.resume import is_finished
 from dasc.errors import InputError, WriteError
 from dasc.images.find import list_images
 from dasc.images.parts import content_sha256
@@ -79,6 +81,7 @@ from dasc.images.resolution import choose_resolution
 from dasc.images.slides import open_slide
 from dasc.judge.calibration import resolve_threshold
 from dasc.model.checkpoint import Detector, load_detector
+from dasc.model.engine import PatchEngine
 from dasc.report.export import write_counts, write_detections
 from dasc.report.judged import write_judgement
 from dasc.report.outputs import image_folder, remove_outputs, summary, write_image
@@ -106,7 +109,8 @@ def main(args) -> int:
     smallest = min(args.smallest, threshold)
     if args.shard:  # what cannot be read at all is named by the run that merges
         fields, skipped = shards.begin(), {}
-    found = scan_images(fields, annotations, skipped, detector, threshold, smallest, args)
+    engine = PatchEngine(detector.network, args.engine, detector.patch_size, count_unfinished(fields, out, args.resume))
+    found = scan_images(fields, annotations, skipped, detector, engine, threshold, smallest, args)
     if args.shard:
         return shards.end(len(found), len(skipped))
     if not found:
@@ -124,6 +128,7 @@ def main(args) -> int:
         args,
         inputs={model_path: 1, args.data_root or "images": len(found) + len(skipped)},
         device=next(detector.network.parameters()).device,
+        engine=engine.used,
         model_sha256=detector.sha256,
         threshold=threshold,
         skipped=skipped,
@@ -155,13 +160,18 @@ def as_asked(detector: Detector, path: Path, args) -> Detector:
     return dataclasses.replace(detector, calibration=calibration, **asked)
 
 
-def scan_images(fields, annotations, skipped, detector, threshold, smallest, args) -> list[Found]:
+def count_unfinished(fields: pd.DataFrame, out: Path, resume: bool) -> int:
+    """How many of the images no earlier run has finished."""
+    return sum(not (resume and is_finished(image_folder(out, name) / "scan.json")) for name in fields["image"])
+
+
+def scan_images(fields, annotations, skipped, detector, engine, threshold, smallest, args) -> list[Found]:
     """Scan the images; adds those skipped to `skipped`, with the reason, and removes an earlier run's files of them."""
     found = []
     for field in tqdm(list(fields.itertuples()), desc="images", unit="image"):
         truth = None if annotations is None else annotations[annotations["image"] == field.image]
         try:
-            found.append(scan_image(field, truth, detector, threshold, smallest, args))
+            found.append(scan_image(field, truth, detector, engine, threshold, smallest, args))
         except WriteError:  # a full disk: every image after this one would fail too
             raise
         except InputError as error:
@@ -172,7 +182,9 @@ def scan_images(fields, annotations, skipped, detector, threshold, smallest, arg
     return found
 
 
-def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold: float, smallest: float, args) -> Found:
+def scan_image(
+    field, truth: pd.DataFrame | None, detector: Detector, engine: PatchEngine, threshold: float, smallest: float, args
+) -> Found:
     """Scan one image and write what is written per image, in a folder of the image's name."""
     folder = image_folder(Path(args.out), field.image)
     with open_slide(Path(field.file)) as slide:
@@ -186,8 +198,9 @@ def scan_image(field, truth: pd.DataFrame | None, detector: Detector, threshold:
         roi = find_roi(Path(args.roi), args.roi_class, slide) if args.roi else None
         image_sha256 = content_sha256(slide.path)
         overview, tissue = look_over(slide, um_per_px, args.whole_px, args.workers)
+        network = engine.network_for(slide.width * slide.height)
         detections = find_mitoses(
-            detector,
+            dataclasses.replace(detector, network=network),
             slide,
             um_per_px,
             tissue,

@@ -37,6 +37,7 @@ Share = Annotated[float, Range("a number from 0 to 1", 0, 1)]
 SomeShare = Annotated[float, Range("a number above 0, to 1", 0, 1, above=True)]
 NumberOrTable = Annotated[str, Range("a number of 0 or more, or a CSV file", 0)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Engine = Literal["auto", "torch", "openvino"]
 Layout = Literal["sample", "midog", "mitos14", "tupac16", "tupac16_al", "table"]  # of a dataset: data/readers.py
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dasc.flags import Amount, Count, Device, Layout, Natural, NumberOrTable, Positive, Share, read_flags
+from dasc.flags import Amount, Count, Device, Engine, Layout, Natural, NumberOrTable, Positive, Share, read_flags
 
 # Edit here, or override one run with the flag of the same name.
 DATASET: Layout = "sample"  # form of the dataset
@@ -49,6 +49,8 @@ MODEL_PATH = "results/NS/model.pt"  # the search network of stage 2
 SEARCH_ABOVE: Share = 0.5  # p(mitosis) above which a candidate away from every mitosis is a false positive
 RANDOM_PER_SEARCHED: Amount = 1.0  # random negatives kept beside every searched one
 DEVICE: Device = "auto"  # auto takes cuda, else mps, else cpu; only the search uses it
+ENGINE: Engine = "auto"  # of the search; auto takes OpenVINO on a CPU if it is installed and the fields are large
+# enough, else torch
 BATCH_SIZE: Count = 256  # patches scored together in the search
 SEED = 0  # of the shifted copies and the random negatives
 WORKERS: Count = 2  # fields cut at the same time; each holds one field in memory
@@ -86,11 +88,13 @@ from dasc.images.read import read_field
 from dasc.images.resolution import choose_resolution, read_stated
 from dasc.images.stain import normalise_stain
 from dasc.model.checkpoint import Detector, load_detector
+from dasc.model.engine import PatchEngine
 from dasc.run import pick_device, record_run, run_script
 
 RESOLUTION = ("um_per_px", "um_per_px_source", "um_per_px_note")  # of a field: the number, where from, what contradicts
 # No patch depends on these: where things lie (hashes decide), and how fast they are read and scored.
-PASSING = ("out", "data_root", "model_path", "device", "batch_size", "workers", "check_labels", "pack", "resume")
+PASSING = ("out", "data_root", "model_path", "device", "engine", "batch_size", "workers", "check_labels", "pack")
+PASSING += ("resume",)
 
 
 def main(args) -> int:
@@ -98,12 +102,13 @@ def main(args) -> int:
     asked = asked_um_per_px(args.um_per_px, dataset.fields["image"], dataset.fields["path"], args.insist_um_per_px)
     dataset.fields["asked_um_per_px"] = asked
     fields = dataset.fields[dataset.fields["split"].isin(SPLITS)].reset_index(drop=True)
-    network = device = None
+    engine = device = None
     if args.fp_mdoel:
         device = pick_device(args.device)
         detector = load_detector(Path(args.model_path), device)
         check_model(detector, args)
-        network = detector.network
+        searched = (fields["split"] == "train").sum()
+        engine = PatchEngine(detector.network, args.engine, detector.patch_size, searched)
     out = out_folder(args)
     known = what_is_known(dataset, fields, args)
     partial = start(out, args, dataset)
@@ -112,7 +117,7 @@ def main(args) -> int:
 
     def cut(field) -> None:
         try:
-            cut_field(field, known[field.image], dataset.root, partial, args, network, turn)
+            cut_field(field, known[field.image], dataset.root, partial, args, engine, turn)
         except WriteError:  # a full disk: every field after this one would fail too
             raise
         except InputError as error:
@@ -129,7 +134,7 @@ def main(args) -> int:
     if len(skipped) == len(fields):
         raise InputError(f"none of the {len(fields)} fields could be cut; the first: {next(iter(skipped.values()))}")
     cut_fields = fields[~fields["image"].isin(list(skipped))]
-    finish(out, partial, cut_fields, dataset.root, skipped, args, device, corrections)
+    finish(out, partial, cut_fields, dataset.root, skipped, args, device, engine, corrections)
     return 1 if skipped else 0
 
 
@@ -212,7 +217,7 @@ def check_settings(note: Path, settings: dict[str, str | None]) -> None:
             )
 
 
-def cut_field(field, known: Known, root: Path, partial: Path, args, network, turn) -> None:
+def cut_field(field, known: Known, root: Path, partial: Path, args, engine, turn) -> None:
     """Cut one field into `partial`; its record is written last and stands for a whole field."""
     record = partial / "fields" / f"{file_name(field.image)}.json"
     if record.is_file():
@@ -251,8 +256,9 @@ def cut_field(field, known: Known, root: Path, partial: Path, args, network, tur
     unsure = annotations.loc[annotations["label"] == UNSURE, ["x_px", "y_px"]].to_numpy(float)
     points_px = points_px[away_from(points_px, unsure, args.same_um / um_per_px)]
     points_px = rng.permutation(points_px)  # drawn before the search: stage 3 keeps stage 1's random negatives
-    if network is not None and field.split == "train":
+    if engine is not None and field.split == "train":
         with turn:  # one scan at a time: every core works on it, and one batch lies in memory
+            network = engine.network_for(image.shape[0] * image.shape[1])
             scores = score_points(network, cutter, points_px, args.batch_size)
         searched = scores > args.search_above
         cuts += negatives(cutter, points_px[searched], "searched", scores[searched])
@@ -283,7 +289,7 @@ def write_one(cut: CutPatch, number: int, field, partial: Path) -> dict:
 
 
 def finish(
-    out: Path, partial: Path, fields: pd.DataFrame, root: Path, skipped: dict, args, device, corrections
+    out: Path, partial: Path, fields: pd.DataFrame, root: Path, skipped: dict, args, device, engine, corrections
 ) -> None:
     """Write the tables and put the folder in its place."""
     records = [
@@ -307,6 +313,7 @@ def finish(
         args,
         inputs={root: len(fields) + len(skipped)} | ({args.model_path: 1} if args.fp_mdoel else {}),
         device=device,
+        engine=engine and engine.used,
         data_root=data_root,
         fields=len(fields),
         patches={" ".join(map(str, key)): int(count) for key, count in counts.items()},

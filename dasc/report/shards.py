@@ -20,8 +20,8 @@ from dasc.report.outputs import image_folder
 from dasc.run import this_process
 
 # Flags in which shards and the run that merges them may differ: where and how fast they run, what only the last writes.
-MAY_DIFFER = ("shard", "resume", "out", "images", "data_root", "device", "batch_size", "workers", "report")
-MAY_DIFFER += ("thumbnails", "seed")
+MAY_DIFFER = ("shard", "resume", "out", "images", "data_root", "device", "engine", "batch_size")
+MAY_DIFFER += ("workers", "report", "thumbnails", "seed")
 FILES = ("model_path", "um_per_px", "corrections")  # flags that name a file, whose content counts
 ANEW = "or remove {} and run all shards again (with --resume their scans stay)"
 

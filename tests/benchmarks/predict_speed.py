@@ -1,8 +1,8 @@
 """How long one field of 7215 x 5412 px takes: ours, ours with every candidate scored, and a common detector on tiles.
 
 The field is a mosaic of synthetic fields of make_sample.py, or of --field. Networks have random weights, which cost the
-same time as trained ones. All in one run and one process, without its start. Wall time tells what a user waits for on a
-free machine; CPU time, summed over the threads, also tells on a busy one.
+same time as trained ones. Ours is timed with every engine asked for. All in one run and one process, without its start.
+Wall time tells what a user waits for on a free machine; CPU time, summed over the threads, also tells on a busy one.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from dasc.detect.candidates import find_candidates
 from dasc.detect.field import scan_field, search_device
 from dasc.images.read import read_field
 from dasc.model.checkpoint import Detector
+from dasc.model.engine import PatchEngine
 from dasc.model.network import CamNetwork, fold_batch_norms
 from dasc.run import pick_device
 
@@ -76,13 +78,23 @@ if __name__ == "__main__":
         "--networks",
         nargs="+",
         default=NETWORKS,
-        help="backbone:patch size:stride; the first is also timed on every candidate",
+        help="backbone:patch size:stride; the first is also timed on every candidate, with torch",
     )
-    parser.add_argument("--detector_tiles", type=int, default=3, help="tiles timed; the whole field is extrapolated")
+    parser.add_argument(
+        "--engines", nargs="+", default=["torch"], choices=["torch", "openvino"], help="that score our patches"
+    )
+    parser.add_argument("--width", type=int, default=WIDTH, help="of the field, px")
+    parser.add_argument("--height", type=int, default=HEIGHT)
+    parser.add_argument(
+        "--detector_tiles",
+        type=int,
+        default=3,
+        help="tiles timed; the whole field is extrapolated; 0: ours alone, without every candidate",
+    )
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = pick_device(args.device)
-    image = mosaic(args.field)
+    image = mosaic(args.field, args.width, args.height)
     with tempfile.TemporaryDirectory() as folder:
         tifffile.imwrite(Path(folder, "field.tiff"), image)
         say("reading the field from an uncompressed TIFF", *timed(lambda: read_field(Path(folder, "field.tiff")))[:2])
@@ -90,18 +102,26 @@ if __name__ == "__main__":
     say("finding and ranking the candidates", wall, cpu, f", {len(points)} of them")
     for name in args.networks:
         backbone, size, stride = name.split(":")
-        for what, per_mm2 in (("ours", 3000), ("every candidate", 1e6))[: 2 if name == args.networks[0] else 1]:
+        runs = [("ours", 3000, engine) for engine in args.engines]
+        if name == args.networks[0] and args.detector_tiles:
+            runs.append(("every candidate", 1e6, "torch"))
+        for what, per_mm2, asked in runs:
             detector = random_detector(backbone, int(size), int(stride), per_mm2, device)
+            wall, cpu, engine = timed(lambda: PatchEngine(detector.network, asked, detector.patch_size, images=1))  # noqa: B023
+            detector = replace(detector, network=engine.network_for(image.shape[0] * image.shape[1]))
+            say(f"start of {asked}", wall, cpu)
             scan_field(detector, image[:600, :600], args.um_per_px, **OPTIONS)  # warm
             scan = lambda: scan_field(detector, image, args.um_per_px, **OPTIONS)  # noqa: E731, B023
-            say(f"{what}, {backbone} at {size} px", *timed(scan)[:2])
+            say(f"{what}, {backbone} at {size} px, {asked}", *timed(scan)[:2])
+    if not args.detector_tiles:
+        sys.exit()
     detector = torchvision.models.detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None)
     detector.to(device).eval()
     tiles = torch.from_numpy(image[:TILE, : TILE * args.detector_tiles]).permute(2, 0, 1).float().div(255).to(device)
     with torch.inference_mode():
         detector([tiles[:, :, :TILE]])
         wall, cpu, _ = timed(lambda: [detector([tile]) for tile in tiles.split(TILE, dim=2)])
-    count = -(-WIDTH // TILE) * -(-HEIGHT // TILE)
+    count = -(-args.width // TILE) * -(-args.height // TILE)
     share = count / args.detector_tiles
     more = f" ({args.detector_tiles} of {count} tiles timed, {wall / args.detector_tiles:.2f} s each)"
     say("torchvision's RetinaNet-ResNet50, extrapolated", wall * share, cpu * share, more)
