@@ -49,7 +49,7 @@ def model(small_run) -> list[object]:
 
 def field_patches(size: int, count: int) -> torch.Tensor:
     """Patches of nuclei of real tissue."""
-    image = read_field(ROOT / "docs/example/Case_12-02.jpg")
+    image = read_field(ROOT / "docs/example/Case_13-01.jpg")
     points_px, _ = find_candidates(image, 0.25)
     return PatchCutter(image, 0.25, 0.25, size).cut_tensor(points_px[:count])
 

@@ -82,7 +82,7 @@ def test_fields_of_every_slide_are_he_and_it_is_quick():
         assert stain.name == "H&E" and time.perf_counter() - begun < 0.1, path
 
 
-@pytest.mark.parametrize("factor", [0.2, 3.0])
+@pytest.mark.parametrize("factor", [0.3, 5.0])
 def test_a_stain_far_from_all_that_was_seen_is_said(factor):
     """Paler or darker than any real field, in the colours of H&E: the note names found and expected."""
     image = small(read_field(REAL[1]))
