@@ -216,7 +216,7 @@ def draw(path: Path, repaired: pd.DataFrame, retrained: pd.DataFrame) -> None:
             rows.groupby("answers")[measure].mean().plot(ax=axis, marker="o", label=queue)
         ceiling = retrained.loc[retrained["queue"] == "unflipped", measure].mean()
         axis.axhline(ceiling, color="gray", linestyle="--", label="unflipped")
-        axis.set(xlabel="answers", ylabel=measure.replace("_", " "), ylim=(0, None))
+        axis.set(xlabel="answers", ylabel=measure.replace("_", " "), ylim=(0, 1))
     for axis in axes:
         axis.legend()
     figure.savefig(path, dpi=120)
