@@ -94,7 +94,9 @@ def _feature_strides(backbone: str) -> list[int]:
         with torch.device("meta"):
             return timm.create_model(backbone, features_only=True).feature_info.reduction()
     except (RuntimeError, AttributeError) as error:
-        raise InputError(f"backbone {backbone}: gives no feature maps; choose a convolutional one") from error
+        raise InputError(
+            f"backbone {backbone}: gives no feature maps; choose a convolutional backbone, such as resnet18"
+        ) from error
 
 
 @functools.cache
