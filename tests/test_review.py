@@ -445,6 +445,8 @@ def test_bad_input_is_one_line(tmp_path, queue, reviewed, small_run):
     fails("review.py", *flags, "--reader", "AB", "--memory", other, says="they come from different runs")
     images = [*predict_flags(reviewed, small_run)[:2], "--images", next((small_run / "sample/images").iterdir())]
     fails("review.py", *images, "--reader", "AB", "--out", tmp_path / "new", says="is not among --images")
+    images = [*images[:3], tmp_path / "gone"]
+    fails("review.py", *images, "--reader", "AB", "--out", tmp_path / "new", says="--images names what predict.py read")
     # another queue in the same folder
     flags = [*memory_flags(reviewed, small_run), "--out", queue, "--reader", "AB"]
     fails("review.py", *flags, "--items", 21, says="another queue")

@@ -120,6 +120,9 @@ def detected_cells(folder: Path, images: list[str]) -> pd.DataFrame:
     if detections.empty:
         raise InputError(f"{folder / 'detections.csv'}: no detection, so there is nothing to review")
     files: dict[str, set[Path]] = {}
+    for place in images:
+        if not Path(place).exists():
+            raise InputError(f"{place}: no such file or folder; --images names what predict.py read")
     for file in find_images([Path(image) for image in images]):
         for name in {file.as_posix(), file.name, file.stem}:
             files.setdefault(name, set()).add(file.resolve())
