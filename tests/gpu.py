@@ -42,6 +42,7 @@ from dasc.run import pick_device, project_commit, run_script
 EXAMPLE = ROOT / "docs/example/Case_13-01.jpg"
 REAL = "mitos14/H03/frames/x40"  # of the shared data: its first field is the one that is checked
 SHARED = (ROOT.parent / "shared/data", ROOT / "shared/data")
+PARTS = ("checks", "speed", "training")
 FULL = {  # the sizes that goals are set for
     "field": {"width": WIDTH, "height": HEIGHT},
     "rounds": 3,
@@ -147,22 +148,26 @@ def main(args: argparse.Namespace) -> int:
     results = Results(args, device)
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
-        check(results, args, device, sizes, home)
-        measure(results, args, device, sizes, home)
-        train(results, args, home)
+        results.run("patches", lambda: unpacked(results, args, home))
+        if "checks" in args.parts:
+            check(results, args, device, sizes, home)
+        if "speed" in args.parts:
+            measure(results, args, device, sizes, home)
+        if "training" in args.parts:
+            train(results, args, home)
     unfinished = results.unfinished()
     print(f"{args.out}: {len(results.content['parts'])} parts, {len(unfinished)} not finished: {', '.join(unfinished)}")
     return 1 if unfinished else 0
 
 
+def unpacked(results: Results, args: argparse.Namespace, home: Path) -> dict:
+    """The data of the checks and the trainings."""
+    results.content["about"] = prepare(args, home)
+    return results.content["about"] | {"splits": count_patches(home)}
+
+
 def check(results: Results, args: argparse.Namespace, device: torch.device, sizes: dict, home: Path) -> None:
-    """The data, and the checks against the CPU."""
-
-    def patches() -> dict:
-        results.content["about"] = prepare(args, home)
-        return results.content["about"] | {"splits": count_patches(home)}
-
-    results.run("patches", patches)
+    """The checks against the CPU."""
     field, um_per_px = real_field(args)
     image = read_field(field)[: sizes["crop_px"], : sizes["crop_px"]].copy()
     results.content["field"] = field.name
@@ -216,6 +221,7 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", default="", help="folder that holds mitos14; empty: the shared one, if any")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true", help="smallest sizes, one epoch: to see that it works")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is run")
     parser.add_argument("--minutes", type=float, default=8.0, help="after so many no further part begins")
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--init_weights", default="", help="as of the scripts; empty: random weights")

@@ -34,7 +34,7 @@ TILE = 512  # px of the detector's tiles
 
 
 NETWORKS = ["tf_efficientnet_lite0:64:32", "resnet18:80:16"]  # backbone, px of a patch, stride
-OPTIONS = {"batch_size": 256, "smallest": 0.05}  # of scan_field
+OPTIONS = {"batch_size": 1024, "smallest": 0.05}  # of scan_field
 
 
 def mosaic(field: str, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
