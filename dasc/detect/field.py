@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -92,16 +91,10 @@ def look_at(detector: Detector, image: np.ndarray, um_per_px: float, *, batch_si
     """
     network, views = detector.network, detector.views
     device = device_of(network)
-
-    def prepare() -> PatchCutter:
-        shown = normalise_stain(image) if detector.normalise_stain else image
-        return PatchCutter(shown, um_per_px, detector.patch_um_per_px, detector.patch_size, device)
-
-    with ThreadPoolExecutor(1) as pool:
-        cutting = pool.submit(prepare)  # while candidates are searched, which takes as long
-        points_px, _ = find_candidates(image, um_per_px, detector.per_mm2, search_device(device))
-        points_px = points_px[off_the_edge(points_px, image.shape[1], image.shape[0], um_per_px)]
-        cutter = cutting.result()
+    points_px, _ = find_candidates(image, um_per_px, detector.per_mm2, search_device(device))
+    points_px = points_px[off_the_edge(points_px, image.shape[1], image.shape[0], um_per_px)]
+    shown = normalise_stain(image) if detector.normalise_stain else image
+    cutter = PatchCutter(shown, um_per_px, detector.patch_um_per_px, detector.patch_size, device)
     first = _log_odds_at(network, cutter, points_px, batch_size)
     if views == 1:
         return Looked(points_px, first, first)
