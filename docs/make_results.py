@@ -24,6 +24,7 @@ TITLES = {  # by the column `weights`
     "dasc_mitos v5 sibling": "Its sibling: trained without MITOS-ATYPIA-14, on single figures and ICPR 2012",
     "dasc_figures v2": "`weights/dasc_figures.pt` (v2) as a detector, not trained further",
     "from dasc_figures v2": "Trainings on eight slides of MITOS-ATYPIA-14 from `weights/dasc_figures.pt` (v2)",
+    "resnet18, the paper's epochs, from random weights": "ResNet18 with the paper's epochs, from random weights",
 }
 HEAD = """# Results of the shipped weights and of the recommended recipe
 
