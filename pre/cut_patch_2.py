@@ -43,15 +43,17 @@ SAME_UM: Amount = 7.5  # candidates nearer than this to an annotated hard negati
 RANDOM_PER_POSITIVE: Amount = 1.0  # random negatives per mitosis patch of a training field
 RANDOM_PER_FIELD: Natural = 40  # random negatives in every field of validation and test
 CORRECTIONS = ""  # corrections.csv of review.py: what readers made of the annotations; empty: they stay as they are
+JPEG_SHARE: Share = 0.0  # share of the training fields that are cut from a copy compressed at quality 50 to 95
 HARD_NEGATIVES = True  # cut the annotated hard negatives too; False: as if nobody had annotated any
 FP_MDOEL = False  # True: stage 3, search the training fields with the model for false positives
 MODEL_PATH = "results/NS/model.pt"  # the search network of stage 2
 SEARCH_ABOVE: Share = 0.5  # p(mitosis) above which a candidate away from every mitosis is a false positive
+SEARCH_BELOW: Share = 1.0  # p(mitosis) above which it is left out: it may be a mitosis that nobody marked
 RANDOM_PER_SEARCHED: Amount = 1.0  # random negatives kept beside every searched one
 DEVICE: Device = "auto"  # auto takes cuda, else mps, else cpu; only the search uses it
 ENGINE: Engine = "auto"  # of the search; auto takes OpenVINO on a CPU if it is installed and the fields are large
 # enough, else torch
-BATCH_SIZE: Count = 256  # patches scored together in the search
+BATCH_SIZE: Count = 1024  # patches scored together on a GPU in the search; less takes less memory
 SEED = 0  # of the shifted copies and the random negatives
 WORKERS: Count = 2  # fields cut at the same time; each holds one field in memory
 PACK = True  # also write patches.npy, which trainings map: 3 S^2 bytes per patch of S px; False: they read every file
@@ -68,6 +70,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
@@ -238,7 +241,8 @@ def cut_field(field, known: Known, root: Path, partial: Path, args, engine, turn
     hard_negatives = annotations.loc[annotations["label"] == 0, ["x_px", "y_px"]].to_numpy(float)
     hard_negatives = hard_negatives if args.hard_negatives else hard_negatives[:0]
     rng = np.random.default_rng([args.seed, zlib.crc32(field.image.encode("utf-8", "surrogatepass"))])
-    shown = normalise_stain(image) if args.normalise_stain else image
+    shown = compressed(image, args.jpeg_share, args.seed, field.image) if field.split == "train" else image
+    shown = normalise_stain(shown) if args.normalise_stain else shown
     cutter = PatchCutter(shown, um_per_px, args.patch_um_per_px, args.patch_size)
 
     cuts = [at_point(cutter, 1, "annotated", point) for point in mitoses]
@@ -260,10 +264,10 @@ def cut_field(field, known: Known, root: Path, partial: Path, args, engine, turn
         with turn:  # one scan at a time: every core works on it, and one batch lies in memory
             network = engine.network_for(image.shape[0] * image.shape[1])
             scores = score_points(network, cutter, points_px, args.batch_size)
-        searched = scores > args.search_above
+        searched = (scores > args.search_above) & (scores <= args.search_below)
         cuts += negatives(cutter, points_px[searched], "searched", scores[searched])
         wanted += round(args.random_per_searched * searched.sum())
-        points_px = points_px[~searched]
+        points_px = points_px[scores <= args.search_above]
     cuts += negatives(cutter, points_px[:wanted], "random")
     rows = [write_one(cut, number, field, partial) for number, cut in enumerate(cuts)]
     content = {
@@ -275,6 +279,15 @@ def cut_field(field, known: Known, root: Path, partial: Path, args, engine, turn
         "patches": rows,
     }
     write_json(record, content)
+
+
+def compressed(image: np.ndarray, share: float, seed: int, name: str) -> np.ndarray:
+    """A field (H, W, 3) uint8 as JPEG leaves it at a random quality of 50 to 95, or, by chance, as it is."""
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode("utf-8", "surrogatepass")), 1])
+    if rng.random() >= share:
+        return image
+    quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(50, 96))]
+    return cv2.imdecode(cv2.imencode(".jpg", image, quality)[1], cv2.IMREAD_COLOR)
 
 
 def write_one(cut: CutPatch, number: int, field, partial: Path) -> dict:
