@@ -71,6 +71,23 @@ def test_same_seed_same_bytes_and_workers_do_not_matter(small_run, tmp_path):
         assert patch.read_bytes() == (small_run / "patches" / relative).read_bytes()
 
 
+@pytest.mark.parametrize("share", [0.5, 1])
+def test_training_fields_are_cut_from_a_compressed_copy(small_run, tmp_path, share):
+    succeed("pre/cut_patch_2.py", *sample_flags(small_run), "--jpeg_share", share, "--seed", 1, "--out", tmp_path / "q")
+    succeed("pre/cut_patch_2.py", *sample_flags(small_run), "--seed", 1, "--out", tmp_path / "plain")
+    assert (tmp_path / "q/patches.csv").read_bytes() == (tmp_path / "plain/patches.csv").read_bytes()  # the same places
+    patches, fields, _ = tables(tmp_path / "q")
+    changed = [
+        (tmp_path / "q" / one).read_bytes() != (tmp_path / "plain" / one).read_bytes() for one in patches["patch"]
+    ]
+    of_field = patches.assign(changed=changed).groupby("image")["changed"].agg(["min", "max"])
+    assert (of_field["min"] == of_field["max"]).all()  # the whole field is
+    train = of_field.index.isin(fields.loc[fields["split"] == "train", "image"])
+    assert not of_field.loc[~train, "max"].any()
+    compressed = of_field.loc[train, "max"].mean()
+    assert compressed == 1 if share == 1 else 0 < compressed < 1
+
+
 def test_stage_3_adds_false_positives_and_keeps_the_rest(small_run, tmp_path):
     flags = [*sample_flags(small_run), "--fp_mdoel", "True", "--model_path", small_run / "NS/model.pt"]
     succeed("pre/cut_patch_2.py", *flags, "--search_above", 0.3, "--device", "cpu", "--out", tmp_path / "ns")
