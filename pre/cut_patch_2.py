@@ -43,7 +43,6 @@ SAME_UM: Amount = 7.5  # candidates nearer than this to an annotated hard negati
 RANDOM_PER_POSITIVE: Amount = 1.0  # random negatives per mitosis patch of a training field
 RANDOM_PER_FIELD: Natural = 40  # random negatives in every field of validation and test
 CORRECTIONS = ""  # corrections.csv of review.py: what readers made of the annotations; empty: they stay as they are
-JPEG_SHARE: Share = 0.0  # share of the training fields that are cut from a copy compressed at quality 50 to 95
 HARD_NEGATIVES = True  # cut the annotated hard negatives too; False: as if nobody had annotated any
 FP_MDOEL = False  # True: stage 3, search the training fields with the model for false positives
 MODEL_PATH = "results/NS/model.pt"  # the search network of stage 2
@@ -70,7 +69,6 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
@@ -147,11 +145,15 @@ def out_folder(args) -> Path:
 
 
 def check_model(detector: Detector, args) -> None:
-    """Raise InputError where the search network was trained on other patches than these."""
+    """Raise InputError where the search network was trained on other patches than these, or no score is searched."""
     for name in ("patch_size", "patch_um_per_px", "normalise_stain"):
         trained, value = getattr(detector, name), getattr(args, name)
         if trained != value:
             raise InputError(f"{args.model_path}: trained at {name} {trained}, these patches have {value}")
+    if args.search_below <= args.search_above:
+        raise InputError(
+            f"--search_below {args.search_below:g}: expected more than --search_above {args.search_above:g}"
+        )
 
 
 class Known(NamedTuple):
@@ -241,8 +243,7 @@ def cut_field(field, known: Known, root: Path, partial: Path, args, engine, turn
     hard_negatives = annotations.loc[annotations["label"] == 0, ["x_px", "y_px"]].to_numpy(float)
     hard_negatives = hard_negatives if args.hard_negatives else hard_negatives[:0]
     rng = np.random.default_rng([args.seed, zlib.crc32(field.image.encode("utf-8", "surrogatepass"))])
-    shown = compressed(image, args.jpeg_share, args.seed, field.image) if field.split == "train" else image
-    shown = normalise_stain(shown) if args.normalise_stain else shown
+    shown = normalise_stain(image) if args.normalise_stain else image
     cutter = PatchCutter(shown, um_per_px, args.patch_um_per_px, args.patch_size)
 
     cuts = [at_point(cutter, 1, "annotated", point) for point in mitoses]
@@ -279,15 +280,6 @@ def cut_field(field, known: Known, root: Path, partial: Path, args, engine, turn
         "patches": rows,
     }
     write_json(record, content)
-
-
-def compressed(image: np.ndarray, share: float, seed: int, name: str) -> np.ndarray:
-    """A field (H, W, 3) uint8 as JPEG leaves it at a random quality of 50 to 95, or, by chance, as it is."""
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode("utf-8", "surrogatepass")), 1])
-    if rng.random() >= share:
-        return image
-    quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(50, 96))]
-    return cv2.imdecode(cv2.imencode(".jpg", image, quality)[1], cv2.IMREAD_COLOR)
 
 
 def write_one(cut: CutPatch, number: int, field, partial: Path) -> dict:

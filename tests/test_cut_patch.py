@@ -71,23 +71,6 @@ def test_same_seed_same_bytes_and_workers_do_not_matter(small_run, tmp_path):
         assert patch.read_bytes() == (small_run / "patches" / relative).read_bytes()
 
 
-@pytest.mark.parametrize("share", [0.5, 1])
-def test_training_fields_are_cut_from_a_compressed_copy(small_run, tmp_path, share):
-    succeed("pre/cut_patch_2.py", *sample_flags(small_run), "--jpeg_share", share, "--seed", 1, "--out", tmp_path / "q")
-    succeed("pre/cut_patch_2.py", *sample_flags(small_run), "--seed", 1, "--out", tmp_path / "plain")
-    assert (tmp_path / "q/patches.csv").read_bytes() == (tmp_path / "plain/patches.csv").read_bytes()  # the same places
-    patches, fields, _ = tables(tmp_path / "q")
-    changed = [
-        (tmp_path / "q" / one).read_bytes() != (tmp_path / "plain" / one).read_bytes() for one in patches["patch"]
-    ]
-    of_field = patches.assign(changed=changed).groupby("image")["changed"].agg(["min", "max"])
-    assert (of_field["min"] == of_field["max"]).all()  # the whole field is
-    train = of_field.index.isin(fields.loc[fields["split"] == "train", "image"])
-    assert not of_field.loc[~train, "max"].any()
-    compressed = of_field.loc[train, "max"].mean()
-    assert compressed == 1 if share == 1 else 0 < compressed < 1
-
-
 def test_stage_3_adds_false_positives_and_keeps_the_rest(small_run, tmp_path):
     flags = [*sample_flags(small_run), "--fp_mdoel", "True", "--model_path", small_run / "NS/model.pt"]
     succeed("pre/cut_patch_2.py", *flags, "--search_above", 0.3, "--device", "cpu", "--out", tmp_path / "ns")
@@ -99,6 +82,29 @@ def test_stage_3_adds_false_positives_and_keeps_the_rest(small_run, tmp_path):
     kept = before[before["origin"] != "random"][places].merge(after[places])
     assert len(kept) == (before["origin"] != "random").sum()
     assert not after.duplicated(["image", "label", "x_px", "y_px"]).any()
+
+
+def test_what_the_search_is_too_sure_of_is_no_negative(small_run, tmp_path):
+    flags = [
+        *sample_flags(small_run),
+        "--fp_mdoel",
+        "True",
+        "--model_path",
+        small_run / "NS/model.pt",
+        "--device",
+        "cpu",
+    ]
+    flags += ["--search_above", 0.2, "--random_per_positive", 100]  # every candidate that is left is drawn
+    succeed("pre/cut_patch_2.py", *flags, "--out", tmp_path / "all")
+    whole = tables(tmp_path / "all")[0]
+    scores = whole.loc[whole["origin"] == "searched", "score"].sort_values()
+    limit = scores.iloc[len(scores) // 2 :][:2].mean()  # between two of them, which are rounded in the table
+    succeed("pre/cut_patch_2.py", *flags, "--search_below", limit, "--out", tmp_path / "below")
+    places = ["image", "label", "origin", "x_px", "y_px"]
+    left_out = whole.merge(tables(tmp_path / "below")[0][places], how="left", indicator=True)["_merge"] == "left_only"
+    assert (left_out == (whole["score"] > limit)).all() and 0 < left_out.sum() < len(scores)
+    says = "--search_below 0.2: expected more than --search_above 0.2"
+    fails("pre/cut_patch_2.py", *flags, "--search_below", 0.2, "--out", tmp_path / "none", says=says)
 
 
 def test_an_older_result_is_kept_and_a_foreign_folder_refused(small_run, tmp_path):

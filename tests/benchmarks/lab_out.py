@@ -83,8 +83,7 @@ def train(name: str, out: Path, args: argparse.Namespace) -> Path:
     if (out / "model/model.pt").exists():
         return out / "model/model.pt"
     lab, start = LABS[name], ["--init_weights", args.start]
-    combine = ["--data", args.data, "--sets", lab.other, "brecahad", *args.figures, "--val", lab.val]
-    combine += ["--screen", args.screen] if args.screen else []
+    combine = ["--data", args.data, "--sets", lab.other, "brecahad", "mitotic_figures", "--val", lab.val]
     rest = ",".join(case for case in lab.chosen_by if case not in lab.val)
     run(out / "data", "weights/make/combine.py", *combine, "--test", rest, "--out", out / "data")
     detector = load_detector(Path(args.start), torch.device("cpu"))
@@ -280,10 +279,6 @@ if __name__ == "__main__":
     parser.add_argument("--against", type=Path, help="OUT of another recipe, to compare with")
     parser.add_argument("--labs", nargs="+", choices=LABS, default=list(LABS))
     parser.add_argument("--by", nargs="+", choices=("other", "both"), default=["other", "both"], help="what chooses")
-    parser.add_argument(
-        "--figures", nargs="+", default=["mitotic_figures"], help="sets of single figures to learn from"
-    )
-    parser.add_argument("--screen", default="", help="as of combine.py")
     parser.add_argument("--cut_flags", default="", help="more flags of pre/cut_patch_2.py, in one string")
     parser.add_argument("--train_flags", default="", help="more flags of NS/sigle.py, in one string")
     parser.add_argument("--share", type=float, choices=SHARES, default=1.0, help="alignment of operating_point.json")

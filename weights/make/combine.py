@@ -20,27 +20,20 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dasc.data.datasets import read_dataset
-from dasc.data.patches import PatchCutter
 from dasc.detect.candidates import find_candidates
-from dasc.detect.field import score_points
 from dasc.files import write_csv
 from dasc.images.read import read_field
-from dasc.images.stain import normalise_stain
-from dasc.model.checkpoint import Detector, load_detector
 from dasc.report.plots import write_png
 
 ASSUMED_UM_PER_PX = 0.25
 CLEAR_UM = 10.0  # a candidate this far from the mitosis of its crop is another nucleus
 EDGE_UM = 6.0  # a candidate nearer to the edge of its crop would be seen beside its own mirror image
-SCREEN_ABOVE = 0.5  # p(mitosis) of the network of --screen above which a nucleus may be a mitosis that nobody marked
 FRAME = 40  # px of mirror image round a crop: half of the largest patch
-SCREENED = ("tcga_figures",)  # sets whose crops hold unmarked mitoses
 BRECAHAD_TRAIN = "Case_10"
 SLIDES = {"mitos14": "mitos14", "icpr12": "table"}  # sets of whole fields by slide, and their layouts
 
@@ -61,32 +54,19 @@ def whole_fields(name: str, root: Path, splits: tuple, out: Path) -> tuple[Rows,
     return fields, points
 
 
-def strips(root: Path, out: Path, screen: Detector | None) -> tuple[Rows, Rows]:
-    """A strip of every case; rows of fields.csv and annotations.csv.
-
-    screen: what it takes for a mitosis is no negative.
-    """
+def strips(root: Path, out: Path) -> tuple[Rows, Rows]:
+    """A strip of every case; rows of fields.csv and annotations.csv."""
     fields, points, rng = [], [], np.random.default_rng(0)
     for case, rows in tqdm(read_dataset("table", root).fields.groupby("case"), root.name):
         crops = [read_field(root / path) for path in rows["path"]]
         picture, middles_px = strip(crops)
-        found_px = negatives(picture, middles_px, crops[0].shape[0], rng)
-        if screen:
-            found_px = found_px[scores_of(screen, picture, found_px) <= SCREEN_ABOVE]
-        found_px = found_px[: len(crops)]
+        found_px = negatives(picture, middles_px, crops[0].shape[0], rng)[: len(crops)]
         path = Path("images") / root.name / f"{case}.png"
         write_png(out / path, picture)
         fields.append((case, path.as_posix(), case, "train", ASSUMED_UM_PER_PX))
         points += [(case, *place, 1) for place in middles_px]
         points += [(case, *place, 0) for place in found_px]
     return fields, points
-
-
-def scores_of(detector: Detector, picture: np.ndarray, points_px: np.ndarray) -> np.ndarray:
-    """p(mitosis) (N,) at points (N, 2) of a strip."""
-    shown = normalise_stain(picture) if detector.normalise_stain else picture
-    cutter = PatchCutter(shown, ASSUMED_UM_PER_PX, detector.patch_um_per_px, detector.patch_size)
-    return score_points(detector.network, cutter, points_px, batch_size=256)
 
 
 def strip(crops: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -116,7 +96,6 @@ if __name__ == "__main__":
     parser.add_argument("--test", default="H05", help="slides of both for the test; empty: none")
     parser.add_argument("--brecahad", default="test", choices=("val", "test"), help="split of its other cases")
     parser.add_argument("--sets", nargs="+", default=["mitos14", "brecahad", "mitotic_figures"])
-    parser.add_argument("--screen", type=Path, help="model.pt that screens the negatives of tcga_figures")
     parser.add_argument("--out", type=Path, default=Path("data/combined"))
     args = parser.parse_args()
     fields, points = [], []
@@ -131,8 +110,7 @@ if __name__ == "__main__":
             cases = sorted(set(read_dataset("midog", root, [], []).fields["case"]) - {BRECAHAD_TRAIN})
             parts = whole_fields("midog", root, (cases, []) if args.brecahad == "val" else ([], cases), args.out)
         else:
-            screen = load_detector(args.screen, torch.device("cpu")) if args.screen and name in SCREENED else None
-            parts = strips(root, args.out, screen)
+            parts = strips(root, args.out)
         fields += parts[0]
         points += parts[1]
     write_csv(args.out / "fields.csv", pd.DataFrame(fields, columns=["image", "path", "case", "split", "um_per_px"]))
