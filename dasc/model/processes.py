@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from dasc.errors import InputError
 from dasc.model.draws import Draws, PartDraws
-from dasc.model.watch import Watch, check_alike
+from dasc.model.watch import Unlike, Watch, check_alike
 
 JOIN_S = 120.0  # the processes wait so long for each other at the start
 PLACE = ("MASTER_ADDR", "MASTER_PORT")  # where the processes meet; torchrun sets both
@@ -65,7 +65,7 @@ def join(rank: int, size: int) -> Iterator[None]:
             raise
         if not first:
             raise SystemExit(1) from error
-        raise InputError(f"rank {rank}: {error}") from error
+        raise error if isinstance(error, Unlike) else InputError(f"rank {rank}: {error}") from error
 
 
 def _meet(rank: int, size: int) -> tuple[distributed.Store, distributed.Store]:
@@ -95,7 +95,7 @@ def _line(error: Exception) -> str:
 def start(device: torch.device, settings: dict[str, Any]) -> None:
     """Connect the processes that have the same settings and the same kind of device.
 
-    Raises: InputError: they have not, and how they differ.
+    Raises: Unlike: they have not, and how they differ; InputError: a device for one process alone.
     """
     if group is None:
         return
@@ -111,7 +111,7 @@ def start(device: torch.device, settings: dict[str, Any]) -> None:
 
 
 def agree(facts: dict[str, Any]) -> None:
-    """Raise InputError where these facts are not the same in all processes, and say how they differ."""
+    """Raise Unlike where these facts are not the same in all processes, and say how they differ."""
     if group is None:
         return
     group.compared += 1
@@ -124,7 +124,7 @@ def agree(facts: dict[str, Any]) -> None:
 def begin(epochs: int, *networks: torch.nn.Module) -> None:
     """Give the networks of all processes the weights of rank 0's. epochs: those that are done.
 
-    Raises: InputError: processes that have read another last.pt.
+    Raises: Unlike: processes that have read another last.pt.
     """
     if group is None:
         return

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 BEAT_S = 2.0  # between two signs of life
-SILENT_S = 30.0  # a process without a sign of life for so long counts as dead
+SILENT_S = 30.0  # a process without a sign of life for so long counts as dead, and the store without an answer
+BROKEN_S = 4 * BEAT_S  # the same where an exchange has broken off
 BEHIND_S = 45.0  # a process that others wait for so long counts as hanging; beyond what a slow disk takes
 LEFT = 1 << 40  # added to the signs of life of a process that has ended well
 AHEAD = 1 << 40  # added to the exchanges of a process that the others may wait for
@@ -38,14 +39,17 @@ class Signs:
             if seen[rank][0] != count:
                 seen[rank] = count, now
 
-    def fault(self, now: float) -> str:
-        """What is wrong with the first process of which something is; empty: with none."""
+    def fault(self, now: float, silent_s: float) -> str:
+        """What is wrong with the first process of which something is; empty: with none.
+
+        silent_s: a process without a sign of life for so long counts as dead.
+        """
         done, since = self.exchanges[self.rank]
         done %= AHEAD
         for rank, ((beats, last), (begun, moved)) in enumerate(zip(self.beats, self.exchanges, strict=True)):
             if beats >= LEFT:
                 continue
-            if now - last > SILENT_S:
+            if now - last > silent_s:
                 return f"rank {rank} has died or hangs: no sign of life for {now - last:.0f} s"
             if 0 < begun < done and now - max(moved, since) > BEHIND_S:
                 return f"rank {rank} hangs: the others have waited for it for {now - max(moved, since):.0f} s"
@@ -62,6 +66,7 @@ class Watch:
         self.rank, self.size, self.store = rank, size, store
         self.exchanges = 0  # begun by this process
         self.closed = threading.Event()
+        self.broken = False  # whether an exchange has broken off
         self.answered = time.monotonic()  # when the store last did
         self.threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._await_store)]
         for thread in self.threads:
@@ -81,7 +86,8 @@ class Watch:
             yield
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # gloo's error names no rank
-                time.sleep(SILENT_S + 3 * BEAT_S)
+                self.broken = True
+                time.sleep(BROKEN_S + 4 * BEAT_S)
             raise
 
     @contextlib.contextmanager
@@ -116,7 +122,7 @@ class Watch:
                     said = self.store.get(FAILED).decode()
                     if not self.closed.wait(2 * BEAT_S):  # else it has failed, or ended, by itself
                         self._end(said)
-                elif fault := signs.fault(self.answered):
+                elif fault := signs.fault(self.answered, BROKEN_S if self.broken else SILENT_S):
                     self._end(self.store.compare_set(FAILED, "", fault).decode(), linger=2 * BEAT_S)
             self.store.add(f"beats {self.rank}", LEFT)
         except RuntimeError:  # the connection is lost
@@ -136,8 +142,12 @@ class Watch:
         os._exit(1)
 
 
+class Unlike(InputError):
+    """What every process finds and says alike."""
+
+
 def check_alike(facts: list[dict[str, object]]) -> None:
-    """Raise InputError where a process differs from rank 0, and say in what.
+    """Raise Unlike where a process differs from rank 0, and say in what.
 
     facts: of every rank: its flags and what else must be alike, by name; `<flag>_sha256`: the file of that flag.
     """
@@ -150,7 +160,7 @@ def check_alike(facts: list[dict[str, object]]) -> None:
             if own.get(name) != facts[0].get(name)
         ]
         if found:
-            raise InputError(
+            raise Unlike(
                 f"rank {rank} is not like rank 0: {'; '.join(found)}; all processes of a training need the same files "
                 "and flags"
             )
