@@ -24,6 +24,7 @@ from dasc.data.tables import LABELS
 from dasc.errors import InputError
 from dasc.files import write_csv
 from dasc.model import processes
+from dasc.model.batch_norm import batch_norms
 from dasc.model.checkpoint import Detector, interpolate, load_initial_weights, read_last, save_checkpoint
 from dasc.model.inference import Patches, embed_patches, score_patches
 from dasc.model.network import CamNetwork, fold_batch_norms
@@ -121,7 +122,7 @@ class LossGuard:
 @contextlib.contextmanager
 def autocast(device: torch.device) -> Iterator[None]:
     """The context in which a network computes: bfloat16 on a CUDA device, batch norms of the whole batch."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"), processes.batch_norms():
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"), batch_norms():
         yield
 
 

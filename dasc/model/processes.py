@@ -15,15 +15,14 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, distributed
-from torch.overrides import TorchFunctionMode
 
 from dasc.errors import InputError
 from dasc.model.draws import Draws, PartDraws
-from dasc.model.watch import Unlike, Watch, check_alike
+from dasc.model.watch import UnlikeError, Watch, check_alike
 
 JOIN_S = 120.0  # the processes wait so long for each other at the start
+FOREVER = timedelta(days=365)  # the watch ends a process that waits for one that is gone
 PLACE = ("MASTER_ADDR", "MASTER_PORT")  # where the processes meet; torchrun sets both
 
 
@@ -65,7 +64,7 @@ def join(rank: int, size: int) -> Iterator[None]:
             raise
         if not first:
             raise SystemExit(1) from error
-        raise error if isinstance(error, Unlike) else InputError(f"rank {rank}: {error}") from error
+        raise error if isinstance(error, UnlikeError) else InputError(f"rank {rank}: {error}") from error
 
 
 def _meet(rank: int, size: int) -> tuple[distributed.Store, distributed.Store]:
@@ -73,8 +72,8 @@ def _meet(rank: int, size: int) -> tuple[distributed.Store, distributed.Store]:
     host, port = (os.environ.get(name, "") for name in PLACE)
     if not host or not re.fullmatch("[0-9]{1,5}", port):
         raise InputError(
-            f"rank {rank}: MASTER_ADDR {host!r} and MASTER_PORT {port!r} must say where {size} processes meet; start "
-            "them by torchrun"
+            f"MASTER_ADDR {host!r} and MASTER_PORT {port!r}: expected where rank {rank} meets the other processes "
+            f"({size} by WORLD_SIZE); start a training of several processes by torchrun"
         )
     patience = timedelta(seconds=JOIN_S)
     try:
@@ -95,7 +94,7 @@ def _line(error: Exception) -> str:
 def start(device: torch.device, settings: dict[str, Any]) -> None:
     """Connect the processes that have the same settings and the same kind of device.
 
-    Raises: Unlike: they have not, and how they differ; InputError: a device for one process alone.
+    Raises: UnlikeError: they have not, and how they differ; InputError: a device for one process alone.
     """
     if group is None:
         return
@@ -111,20 +110,20 @@ def start(device: torch.device, settings: dict[str, Any]) -> None:
 
 
 def agree(facts: dict[str, Any]) -> None:
-    """Raise Unlike where these facts are not the same in all processes, and say how they differ."""
+    """Raise UnlikeError where these facts are not the same in all processes, and say how they differ."""
     if group is None:
         return
     group.compared += 1
     keys = [f"facts {group.compared} of {rank}" for rank in range(group.size)]
     group.store.set(keys[group.rank], json.dumps(facts, default=str))
-    group.store.wait(keys, timedelta(days=7))  # the watch ends this process where one is missing
+    group.store.wait(keys, FOREVER)
     check_alike([json.loads(group.store.get(key)) for key in keys])
 
 
 def begin(epochs: int, *networks: torch.nn.Module) -> None:
     """Give the networks of all processes the weights of rank 0's. epochs: those that are done.
 
-    Raises: Unlike: processes that have read another last.pt.
+    Raises: UnlikeError: processes that have read another last.pt.
     """
     if group is None:
         return
@@ -139,7 +138,10 @@ def finish() -> bool:
     global group
     if group is None:
         return True
-    rank = group.rank
+    rank, done = group.rank, [f"done {rank}" for rank in range(group.size)]
+    group.store.set(done[rank], "")
+    if rank == 0:
+        group.store.wait(done, FOREVER)
     group.watch.close()
     if distributed.is_initialized():
         distributed.destroy_process_group()
@@ -188,6 +190,8 @@ def gathered(part: Tensor, number: int, axis: int = 0) -> Tensor:
 
 
 class _Gathered(torch.autograd.Function):
+    """`gathered`. All processes compute the same loss of the rows, so that a part needs only its own gradient."""
+
     @staticmethod
     def forward(ctx, part: Tensor, number: int) -> Tensor:
         ctx.number = number
@@ -195,7 +199,7 @@ class _Gathered(torch.autograd.Function):
         sent = part.to(group.device, torch.uint8 if part.dtype == torch.bool else part.dtype)
         padded = sent.new_zeros((-(-number // group.size), *part.shape[1:]))  # all processes send as much
         padded[: len(part)] = sent
-        rows = [each[: of.stop - of.start] for each, of in zip(_all_gather(padded), parts, strict=True)]
+        rows = [each[: of.stop - of.start] for each, of in zip(of_all(padded), parts, strict=True)]
         return torch.cat(rows).to(part.device, part.dtype)
 
     @staticmethod
@@ -203,14 +207,15 @@ class _Gathered(torch.autograd.Function):
         return gradient[own(ctx.number)], None
 
 
-def _all_gather(tensor: Tensor) -> list[Tensor]:
+def of_all(tensor: Tensor) -> list[Tensor]:
+    """The tensors of all processes, which have one shape, in the order of ranks."""
     found = [torch.empty_like(tensor) for _ in range(group.size)]
     with group.watch.exchange():
         distributed.all_gather(found, tensor)
     return found
 
 
-def _sum(tensor: Tensor) -> Tensor:
+def total(tensor: Tensor) -> Tensor:
     """A tensor, which is overwritten, summed over the processes."""
     with group.watch.exchange():
         distributed.all_reduce(tensor)
@@ -233,80 +238,6 @@ def add_up(parameters: Iterable[torch.nn.Parameter]) -> None:
     if group is None:
         return
     gradients = [one.grad for one in parameters if one.grad is not None]
-    sums = _sum(torch.cat([gradient.flatten() for gradient in gradients]))
-    for gradient, total in zip(gradients, sums.split([one.numel() for one in gradients]), strict=True):
-        gradient.copy_(total.view(gradient.shape))
-
-
-def batch_norms() -> contextlib.AbstractContextManager:
-    """The context in which a network trains: its batch norms have mean and variance of the batch of all processes."""
-    return _BatchNorms() if group else contextlib.nullcontext()
-
-
-class _BatchNorms(TorchFunctionMode):
-    """Takes the place of F.batch_norm, which every batch norm calls, timm's with an activation too.
-
-    torch.nn.SyncBatchNorm refuses a CPU, and would take the place of the modules.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return (_batch_norm if function is F.batch_norm else function)(*args, **(kwargs or {}))
-
-
-def _batch_norm(
-    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
-) -> Tensor:  # the names of F.batch_norm
-    if not training:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    normalised, mean, variance, number = _Normalised.apply(input, weight, bias, eps)
-    if running_mean is not None:
-        with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean), momentum)
-            running_var.lerp_((variance * (number / (number - 1))).to(running_var), momentum)
-    return normalised
-
-
-class _Normalised(torch.autograd.Function):
-    """Batch norm of the batch of which this process has a part (b, C, ...), b may be 0; also mean, variance, number."""
-
-    @staticmethod
-    def forward(ctx, part: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
-        axes, values = _axes(part), _full(part)
-        number = values.new_full((1,), part.numel() // part.shape[1])
-        mean = values.sum(axes) / number.clamp(min=1)
-        spread = (values - _along(mean, part)).square().sum(axes)
-        found = torch.stack(_all_gather(torch.cat([mean, spread, number])))
-        means, spreads, numbers = found.split([len(mean), len(mean), 1], dim=1)
-        number = numbers.sum()
-        mean = (means * numbers).sum(dim=0) / number
-        variance = (spreads + (means - mean).square() * numbers).sum(dim=0) / number
-        ctx.save_for_backward(part, weight, mean, (variance + eps).rsqrt(), number)
-        ctx.mark_non_differentiable(mean, variance, number)
-        return F.batch_norm(part, mean, variance, weight, bias, False, 0.0, eps), mean, variance, number
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor, *_):
-        part, weight, mean, scale, number = ctx.saved_tensors
-        values = (_full(part) - _along(mean, part)) * _along(scale, part)
-        gradient = _full(gradient)
-        of_bias, of_weight = gradient.sum(_axes(part)), (gradient * values).sum(_axes(part))  # of this part
-        sums = _sum(torch.stack([of_bias, of_weight])) / number
-        rest = gradient - _along(sums[0], part) - values * _along(sums[1], part)
-        of_part = rest * _along(scale if weight is None else scale * weight, part)
-        _, to_weight, to_bias, _ = ctx.needs_input_grad
-        return of_part.to(part.dtype), of_weight if to_weight else None, of_bias if to_bias else None, None
-
-
-def _full(tensor: Tensor) -> Tensor:
-    """A tensor in which sums are exact enough."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
-def _axes(part: Tensor) -> list[int]:
-    """All axes but that of the channels."""
-    return [axis for axis in range(part.ndim) if axis != 1]
-
-
-def _along(values: Tensor, part: Tensor) -> Tensor:
-    """Values (C,) laid along the channels of a part (b, C, ...)."""
-    return values.view(1, -1, *[1] * (part.ndim - 2))
+    sums = total(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, summed in zip(gradients, sums.split([one.numel() for one in gradients]), strict=True):
+        gradient.copy_(summed.view(gradient.shape))

@@ -101,9 +101,11 @@ class Watch:
 
     def fail(self, text: str) -> bool:
         """Tell the others how this process failed; False where another has told the same."""
-        told = self.store.compare_set(FAILED, "", f"rank {self.rank}: {text}").decode()
+        own = told = f"rank {self.rank}: {text}"
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            told = self.store.compare_set(FAILED, "", own).decode()
         time.sleep(2 * BEAT_S)  # until they have read it: the store may end with this process
-        return told == f"rank {self.rank}: {text}" or told.partition(": ")[2] != text
+        return told == own or told.partition(": ")[2] != text
 
     def _beat(self) -> None:
         """Give signs of life, look for those of the others, and end this process where one is missing."""
@@ -142,12 +144,12 @@ class Watch:
         os._exit(1)
 
 
-class Unlike(InputError):
+class UnlikeError(InputError):
     """What every process finds and says alike."""
 
 
 def check_alike(facts: list[dict[str, object]]) -> None:
-    """Raise Unlike where a process differs from rank 0, and say in what.
+    """Raise UnlikeError where a process differs from rank 0, and say in what.
 
     facts: of every rank: its flags and what else must be alike, by name; `<flag>_sha256`: the file of that flag.
     """
@@ -160,7 +162,7 @@ def check_alike(facts: list[dict[str, object]]) -> None:
             if own.get(name) != facts[0].get(name)
         ]
         if found:
-            raise Unlike(
+            raise UnlikeError(
                 f"rank {rank} is not like rank 0: {'; '.join(found)}; all processes of a training need the same files "
                 "and flags"
             )
