@@ -57,14 +57,15 @@ def join(rank: int, size: int) -> Iterator[None]:
     except Exception as error:
         if group is None:
             raise
-        first = group.watch.fail(" ".join(str(error).split()) or type(error).__name__)
+        who = "" if isinstance(error, UnlikeError) else f"rank {rank}: "
+        first = group.watch.fail(who, " ".join(str(error).split()) or type(error).__name__)
         group.watch.close()
         group = None
         if not isinstance(error, InputError):
             raise
         if not first:
             raise SystemExit(1) from error
-        raise error if isinstance(error, UnlikeError) else InputError(f"rank {rank}: {error}") from error
+        raise InputError(f"{who}{error}") from error
 
 
 def _meet(rank: int, size: int) -> tuple[distributed.Store, distributed.Store]:

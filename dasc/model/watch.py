@@ -99,13 +99,17 @@ class Watch:
         finally:
             self.exchanges -= AHEAD
 
-    def fail(self, text: str) -> bool:
-        """Tell the others how this process failed; False where another has told the same."""
-        own = told = f"rank {self.rank}: {text}"
+    def fail(self, rank: str, text: str) -> bool:
+        """Tell the others how this process failed; False where another has told the same.
+
+        rank: what goes before the text where it holds of this process alone.
+        """
+        first, told = True, text
         with contextlib.suppress(RuntimeError):  # the store is gone
-            told = self.store.compare_set(FAILED, "", own).decode()
+            first = self.store.add(f"{FAILED} in all", 1) == 1
+            told = self.store.compare_set(FAILED, "", rank + text).decode()
         time.sleep(2 * BEAT_S)  # until they have read it: the store may end with this process
-        return told == own or told.partition(": ")[2] != text
+        return first or not told.endswith(text)
 
     def _beat(self) -> None:
         """Give signs of life, look for those of the others, and end this process where one is missing."""
