@@ -28,7 +28,7 @@ import dasc.model.watch
 from dasc.model.augment import training_view
 from dasc.model.draws import PartDraws
 from dasc.model.views import strong_view, weak_view
-from dasc.model.watch import AHEAD, BEAT_S, BEHIND_S, LEFT, SILENT_S, Signs
+from dasc.model.watch import AHEAD, BEAT_S, BEHIND_S, LEFT, LINGER_S, SILENT_S, Signs
 from dasc.run import TORCHRUN
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks, and SIGKILL")
@@ -71,7 +71,7 @@ def wide(tensor):
 def impatient():
     """In the child: what takes a minute takes seconds."""
     watch = dasc.model.watch
-    watch.BEAT_S, watch.SILENT_S, watch.BROKEN_S, watch.BEHIND_S = 0.2, 3.0, 1.0, 4.0
+    watch.BEAT_S, watch.SILENT_S, watch.BROKEN_S, watch.BEHIND_S, watch.LINGER_S = 0.2, 3.0, 1.0, 4.0, 1.0
 
 
 def ranked(rank: int, size: int, port: int, prepare):
@@ -221,7 +221,7 @@ def test_a_process_whose_work_stands_still_is_named(here):
 
 def test_what_counts_as_dead_or_hanging():
     """The limits keep the promise of a minute, and no process is blamed that may take its time."""
-    assert max(SILENT_S + 2 * BEAT_S, BEHIND_S + 4 * BEAT_S) < 60
+    assert max(SILENT_S, BEHIND_S) + 2 * BEAT_S + 2 * LINGER_S < 60
     signs = Signs(0, 3, 0.0)
 
     def see(now, *counts):
@@ -246,7 +246,7 @@ def test_processes_that_differ_are_told_apart(here):
     Path("other/patches.csv").write_text("\n".join(rows[:-1]) + "\n")
     other = ["--manifest", "other/patches.csv", "--seed", 3]
     runs = ended(*stage_2(3, only={2: other}))
-    said = [line for run in runs for line in lines(run)]
+    said = [line for run in runs for line in lines(run) if line.startswith("error")]  # torch may say more
     assert [run.status for run in runs] == [1, 1, 1] and said
     differs = "error: rank 2 is not like rank 0: --manifest is another file; seed 3, not 0;"
     assert all(line.startswith(differs) for line in said), said
@@ -258,7 +258,7 @@ def test_a_fault_of_one_process_or_of_all_is_told(here):
     assert [run.status for run in runs] == [1, 1]
     assert all("error: rank 1: gone.csv: no such file" in lines(run)[-1] for run in runs), runs
     runs = ended(*stage_2(3, "--batch_size", 2))
-    said = [line for run in runs for line in lines(run)]
+    said = [line for run in runs for line in lines(run) if line.startswith("error")]  # torch may say more
     assert [run.status for run in runs] == [1, 1, 1] and said
     assert all("--batch_size 2: 3 processes share a batch; expected a patch for each at" in line for line in said), said
 

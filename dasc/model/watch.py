@@ -21,6 +21,7 @@ BEAT_S = 2.0  # between two signs of life
 SILENT_S = 30.0  # a process without a sign of life for so long counts as dead, and the store without an answer
 BROKEN_S = 4 * BEAT_S  # the same where an exchange has broken off
 BEHIND_S = 45.0  # a process that others wait for so long counts as hanging; beyond what a slow disk takes
+LINGER_S = 4.0  # a process that fails stays so long, for the others to read how; rank 0 twice so long, with the store
 LEFT = 1 << 40  # added to the signs of life of a process that has ended well
 AHEAD = 1 << 40  # added to the exchanges of a process that the others may wait for
 FAILED = "failed"  # key of what the first process that failed says
@@ -64,9 +65,10 @@ class Watch:
 
     def __init__(self, rank: int, size: int, store: "Store") -> None:
         self.rank, self.size, self.store = rank, size, store
+        self.linger_s = LINGER_S if rank else 2 * LINGER_S
         self.exchanges = 0  # begun by this process
         self.closed = threading.Event()
-        self.broken = False  # whether an exchange has broken off
+        self.broken = self.failing = False  # whether an exchange has broken off; whether this process says its fault
         self.answered = time.monotonic()  # when the store last did
         self.threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._await_store)]
         for thread in self.threads:
@@ -87,7 +89,7 @@ class Watch:
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # gloo's error names no rank
                 self.broken = True
-                time.sleep(BROKEN_S + 4 * BEAT_S)
+                time.sleep(BROKEN_S + 3 * BEAT_S + 2 * LINGER_S)
             raise
 
     @contextlib.contextmanager
@@ -104,11 +106,11 @@ class Watch:
 
         rank: what goes before the text where it holds of this process alone.
         """
-        first, told = True, text
+        first, told, self.failing = True, text, True
         with contextlib.suppress(RuntimeError):  # the store is gone
             first = self.store.add(f"{FAILED} in all", 1) == 1
             told = self.store.compare_set(FAILED, "", rank + text).decode()
-        time.sleep(2 * BEAT_S)  # until they have read it: the store may end with this process
+        time.sleep(self.linger_s)
         return first or not told.endswith(text)
 
     def _beat(self) -> None:
@@ -126,10 +128,10 @@ class Watch:
                 self.answered = time.monotonic()
                 if self.store.check([FAILED]):
                     said = self.store.get(FAILED).decode()
-                    if not self.closed.wait(2 * BEAT_S):  # else it has failed, or ended, by itself
+                    if not (self.closed.wait(self.linger_s) or self.failing):  # else it ends by itself
                         self._end(said)
                 elif fault := signs.fault(self.answered, BROKEN_S if self.broken else SILENT_S):
-                    self._end(self.store.compare_set(FAILED, "", fault).decode(), linger=2 * BEAT_S)
+                    self._end(self.store.compare_set(FAILED, "", fault).decode(), self.linger_s)
             self.store.add(f"beats {self.rank}", LEFT)
         except RuntimeError:  # the connection is lost
             if not self.closed.is_set():
@@ -144,7 +146,7 @@ class Watch:
     def _end(self, said: str, linger: float = 0.0) -> NoReturn:
         """End this process at once: its main thread waits for others, and no exception reaches it."""
         print(f"\nerror: {said}; this process, rank {self.rank}, ends too", file=sys.__stderr__, flush=True)
-        time.sleep(linger)  # until the others have read it
+        time.sleep(linger)
         os._exit(1)
 
 
