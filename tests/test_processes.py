@@ -37,7 +37,7 @@ FEW = ["--manifest", "few/patches.csv", "--batch_size", 16]
 SMALL = [*LIGHT, "--backbone", "mobilenetv3_small_050", "--stride", 8]
 SCAN = ["--views", 1, "--per_mm2", 1000]
 TRAININGS = {  # flags, number of processes, tables
-    "NS/sigle.py": ([*FEW, *SCAN, "--epochs", 2], 3, ["log.csv", "val_curve.csv"]),
+    "NS/sigle.py": ([*FEW, *SCAN, "--epochs", 1], 3, ["log.csv", "val_curve.csv"]),
     "DMU/main.py": ([*FEW, "--epochs", 2], 2, ["log.csv", "memory.csv"]),
     # batch norms of torch; those of MobileNet are timm's, with an activation
     "DMU/hard_main.py": ([*PATCHES, "--epochs", 1, "--backbone", "resnet10t"], 2, ["log.csv", "checked.csv"]),
@@ -164,7 +164,7 @@ def test_killed_and_gone_on_with_by_another_number(here):
 
 def test_torchrun_starts_them(here):
     """In single precision, with steps too small to amplify its rounding."""
-    flags = last_of_each([*map(str, [*LIGHT, *FEW, "--epochs", 1, "--lr", 1e-6])])
+    flags = last_of_each([*map(str, [*SMALL, *FEW, "--epochs", 1, "--lr", 1e-6])])
     succeed("DMU/main.py", *flags, "--out", "one")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
@@ -233,7 +233,7 @@ def test_what_counts_as_dead_or_hanging():
     assert not see(100, (2, 1), (2, 0), (2, 1))  # rank 1 still reads its patches
     assert not see(200, (3, 7), (3, 6), (3, 7))
     assert not see(200 + BEHIND_S, (4, 7), (4, 6), (4, 7))
-    assert see(201 + BEHIND_S, (5, 7), (5, 6), (5, 7)).startswith("rank 1 hangs: the others have waited for it for 46")
+    assert see(201 + BEHIND_S, (5, 7), (5, 6), (5, 7)).startswith("rank 1 hangs: the others have waited for it for 41")
     assert not see(300, (6, 8), (6, 8), (6, 8))
     assert not see(400, (7, 8 + AHEAD), (7, 9), (7, 9))  # rank 0 writes, and the others wait
     assert not see(400 + SILENT_S, (8, 9), (8 + LEFT, 9), (7, 9))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 BEAT_S = 2.0  # between two signs of life
 SILENT_S = 30.0  # a process without a sign of life for so long counts as dead, and the store without an answer
 BROKEN_S = 4 * BEAT_S  # the same where an exchange has broken off
-BEHIND_S = 45.0  # a process that others wait for so long counts as hanging; beyond what a slow disk takes
+BEHIND_S = 40.0  # a process that others wait for so long counts as hanging; beyond what a slow disk takes
 LINGER_S = 4.0  # a process that fails stays so long, for the others to read how; rank 0 twice so long, with the store
 LEFT = 1 << 40  # added to the signs of life of a process that has ended well
 AHEAD = 1 << 40  # added to the exchanges of a process that the others may wait for
