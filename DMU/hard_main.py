@@ -48,7 +48,7 @@ from dasc.data.pack import open_patches
 from dasc.data.tables import CHECKED, LABELS, join_by_patch, levels_of, read_hard, read_patches, write_table
 from dasc.errors import InputError
 from dasc.files import write_csv
-from dasc.model import loop
+from dasc.model import loop, processes
 from dasc.model.augment import training_view
 from dasc.model.checkpoint import read_last, training_settings
 from dasc.model.transfer import upload
@@ -57,7 +57,7 @@ from dasc.run import pick_device, record_run, run_script
 
 
 def main(args) -> int:
-    device = pick_device(args.device)
+    device = pick_device(args.device, processes.size() > 1)
     manifest, hard_path, out = Path(args.manifest), Path(args.hard), Path(args.out)
     table = read_patches(manifest)
     rows = table.loc[table["split"] == "train", ["patch", "label"]]
@@ -73,6 +73,7 @@ def main(args) -> int:
         patches[label] = open_patches(manifest.parent, names, args.workers, patch_size)
 
     settings = training_settings(args, manifest=manifest, hard=hard_path, init_weights=args.init_weights)
+    processes.start(device, settings)
     state = {"log": [], "seen": torch.zeros(len(hard), dtype=torch.long), "settings": settings}
     state["correct"] = state["seen"].clone()
     if args.resume and learnable:
@@ -81,6 +82,8 @@ def main(args) -> int:
         members = torch.from_numpy(np.flatnonzero(hard["label"] == label))
         of_label = torch.tensor(hard.loc[members.numpy(), "level"].to_numpy())
         train(LABELS[label], patches[label], of_label, levels, members, state, device, args)
+    if not processes.finish():
+        return 0
 
     checked = hard.assign(seen=state["seen"].numpy(), correct=state["correct"].numpy())
     write_table(out / "checked.csv", checked, CHECKED)
@@ -139,11 +142,12 @@ def train(
     modules = {"model": network, "optimizer": optimizer}
     if done:
         loop.restore(state, modules)
+    loop.begin_together(state["log"], modules)
     frequency = torch.bincount(of_label, minlength=levels).float()
     strengths = (args.stain, args.light, args.focus)
     seen_after = loop.epochs_of(args.seen_after_share, args.epochs)
     guard = loop.LossGuard(args.nan_steps, -(-len(of_label) // args.batch_size))
-    learned = loop.Rows(device, patches, of_label)
+    learned = loop.Rows(device, of_label, patches=patches)
     for epoch in range(done, args.epochs):
         generator = loop.epoch_generator(args.seed, epoch)
         network.train()
@@ -151,9 +155,10 @@ def train(
         draws = torch.multinomial(1 / frequency[of_label], len(of_label), replacement=True, generator=generator)
         for batch in tqdm(loop.batches(draws, args.batch_size), f"{word}, epoch {epoch}", leave=False):
             shown, truth = learned(batch)
-            views = training_view(shown, generator, *strengths)
+            views = training_view(shown, processes.draws(generator, len(batch)), *strengths)
             with loop.autocast(device):
-                loss = F.cross_entropy(network(views).float(), truth)
+                logits = processes.gathered(network(views), len(batch))
+                loss = F.cross_entropy(logits.float(), truth)
             (loss,) = loop.backward(optimizer, loss)
             if guard.passes_over(loss, epoch):
                 skipped += len(batch)
@@ -164,7 +169,7 @@ def train(
         row = {"label": word, "epoch": epoch, "loss": total / (len(of_label) - skipped), "correct": float("nan")}
         row["skipped"] = skipped
         if epoch >= seen_after:  # every patch once, so that every share rests on as many views
-            right = predict(network, learned.tensors[0], generator, strengths, 2 * args.batch_size) == of_label
+            right = predict(network, *learned.patches, generator, strengths, 2 * args.batch_size) == of_label
             state["seen"][members] += 1
             state["correct"][members] += right
             row["correct"] = right.float().mean().item()
@@ -180,9 +185,10 @@ def predict(network, patches, generator, strengths, batch_size) -> torch.Tensor:
     device = next(network.parameters()).device
     parts = []
     for batch in patches.split(batch_size):
-        views = training_view(upload(batch, device), generator, *strengths)
+        own = upload(batch[processes.own(len(batch))], device)
+        views = training_view(own, processes.draws(generator, len(batch)), *strengths)
         with loop.autocast(device):
-            parts.append(network(views).float())
+            parts.append(processes.gathered(network(views).float(), len(batch)))
     logits = torch.cat(parts).cpu()
     if not torch.isfinite(logits).all():
         raise InputError("the network's outputs are not finite: the training has diverged; lower --lr")
@@ -203,4 +209,4 @@ def draw_log(path: Path, log: pd.DataFrame) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, args)
+    run_script(main, args, join=processes.join)

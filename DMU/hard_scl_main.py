@@ -73,12 +73,11 @@ from dasc.data.tables import LABELS, check_both_labels, join_by_patch, read_patc
 from dasc.detect.val import fit_to_val
 from dasc.errors import InputError
 from dasc.files import write_csv
-from dasc.model import loop, losses
+from dasc.model import loop, losses, processes
 from dasc.model.augment import located_view
-from dasc.model.checkpoint import read_last, training_settings
+from dasc.model.checkpoint import training_settings
 from dasc.model.clusters import concentration, subclasses
-from dasc.model.inference import embed_patches, score_patches
-from dasc.model.network import fold_batch_norms
+from dasc.model.inference import embed_patches
 from dasc.report.plots import contact_sheet, embedding, reliability
 from dasc.report.trained import write_detector
 from dasc.run import pick_device, record_run, run_script
@@ -87,7 +86,7 @@ LOSSES = ("loss", "classification", "contrastive", "localisation")  # columns of
 
 
 def main(args) -> int:
-    device = pick_device(args.device)
+    device = pick_device(args.device, processes.size() > 1)
     manifest, scl_path, out = Path(args.manifest), Path(args.scl), Path(args.out)
     table = read_patches(manifest)
     val, rows = table[table["split"] == "val"], table[table["split"] == "train"]
@@ -103,8 +102,11 @@ def main(args) -> int:
     points_px = annotated_points(rows, cut.patch_size, manifest)
 
     settings = training_settings(args, manifest=manifest, scl=scl_path, init_weights=args.init_weights)
+    processes.start(device, settings)
     network, start = loop.start_network(args, device, resumed=args.resume)
     best, log = train(network, patches, points_px, rows, val_patches, val["label"].to_numpy(), settings, args)
+    if not processes.finish():
+        return 0
     detector, best = loop.kept_detector(network, best, start, cut, args, settings["manifest_sha256"])
     detector, curve, *judged = fit_to_val(detector, fields, batch_size=2 * args.batch_size, match_um=args.match_um)
     reliability(out / "reliability.png", *judged, detector.calibration)
@@ -149,23 +151,21 @@ def train(network, patches, points_px, rows, val_patches, val_labels, settings, 
     out, device = Path(args.out), next(network.parameters()).device
     labels, hardness = torch.tensor(rows["label"].to_numpy()), torch.tensor(rows["hardness"].to_numpy(np.float32))
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
-    ema, log, best = copy.deepcopy(network).eval(), [], None
+    ema = copy.deepcopy(network).eval()
     modules = {"model": network, "ema": ema, "optimizer": optimizer}
-    groups, spreads = torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.double)
-    if args.resume:
-        last = read_last(out / "last.pt", settings, (*modules, "log", "best", "groups", "spreads"))
-        log = loop.restore(last, modules)
-        best, groups, spreads = last["best"], last["groups"], last["spreads"]
+    none = {"groups": torch.empty(0, dtype=torch.long), "spreads": torch.empty(0, dtype=torch.double)}
+    log, best, groups, spreads = loop.begin(args, settings, modules, best=None, **none)
     contrast_labels = loop.epochs_of(args.contrast_labels_share, args.epochs)
     cluster_every = max(1, round(args.cluster_every_share * args.epochs))
     steps = -(-len(labels) // args.batch_size)
     guard = loop.LossGuard(args.nan_steps, steps)
-    learned = loop.Rows(device, patches, labels, hardness)
+    learned = loop.Rows(device, labels, hardness, patches=patches)
     for epoch in range(len(log), args.epochs):
         generator = loop.epoch_generator(args.seed, epoch)
         if epoch >= contrast_labels and (epoch - contrast_labels) % cluster_every == 0:
-            features, _ = embed_patches(fold_batch_norms(ema), patches, 2 * args.batch_size)
-            groups = torch.from_numpy(subclasses(features, labels.numpy(), args.subclasses, args.seed))
+            features = loop.features_of(ema, patches, 2 * args.batch_size)
+            found = subclasses(features, labels.numpy(), args.subclasses, args.seed)
+            groups = processes.of_first(torch.from_numpy(found))
             spread = torch.from_numpy(concentration(features, groups.numpy()))
             spreads = losses.subclass_temperatures(spread, args.temperature)
         grouped = loop.Rows(device, groups, spreads[groups].float())
@@ -176,11 +176,13 @@ def train(network, patches, points_px, rows, val_patches, val_labels, settings, 
         for step, batch in enumerate(progress):
             optimizer.param_groups[0]["lr"] = args.lr * loop.cosine((epoch + step / steps) / args.epochs)
             shown, batch_labels, hard = learned(batch)
-            views, points = located_view(shown, points_px[batch], generator, args.stain, args.light, args.focus)
+            own, drawn = batch[processes.own(len(batch))], processes.draws(generator, len(batch))
+            views, points = located_view(shown, points_px[own], drawn, args.stain, args.light, args.focus)
             with loop.autocast(device):
                 maps = network.features(views)
                 cam = network.cam(maps)
             cam, z = cam.float(), F.normalize(maps.float().mean(dim=(2, 3)), dim=1)
+            cam, z, points = (processes.gathered(part, len(batch)) for part in (cam, z, points))
             logits = cam.amax(dim=(2, 3))
             classification = losses.graded_cross_entropy(logits, batch_labels, hard, args.smoothing, args.gce_q)
             if epoch < contrast_labels:
@@ -202,8 +204,7 @@ def train(network, patches, points_px, rows, val_patches, val_labels, settings, 
                 totals[name] += part * len(batch)
             progress.set_postfix(loss=f"{parts[0]:.3f}", val_f1=f"{log[-1]['val_f1']:.3f}" if log else "-")
 
-        scores = score_patches(fold_batch_norms(ema), val_patches, 2 * args.batch_size)
-        val_f1 = loop.best_f1(val_labels, scores.numpy())
+        val_f1 = loop.val_f1(ema, val_patches, val_labels, 2 * args.batch_size)
         if best is None or val_f1 > max(row["val_f1"] for row in log):
             best = loop.copy_of(ema.state_dict())
         means = {name: total / (len(labels) - skipped) for name, total in totals.items()}
@@ -226,4 +227,4 @@ def draw(out: Path, rows: pd.DataFrame, patches: torch.Tensor, features: np.ndar
 
 
 if __name__ == "__main__":
-    run_script(main, args)
+    run_script(main, args, join=processes.join)

@@ -53,8 +53,8 @@ from dasc.data.cut import read_cut
 from dasc.data.pack import open_patches
 from dasc.data.splits import nucleus_of
 from dasc.data.tables import LABELS, MEMORY, check_both_labels, read_patches, write_table
-from dasc.model import loop
-from dasc.model.checkpoint import load_initial_weights, read_last, save_checkpoint, training_settings
+from dasc.model import loop, processes
+from dasc.model.checkpoint import load_initial_weights, save_checkpoint, training_settings
 from dasc.model.losses import generalised_cross_entropy
 from dasc.model.memory import STATES, UNSEEN, VIEWS, Memory, Settings, noise_score, start, thresholds, update
 from dasc.model.network import CLASSES, DualNetwork
@@ -65,7 +65,7 @@ from dasc.run import pick_device, record_run, run_script
 
 
 def main(args) -> int:
-    device = pick_device(args.device)
+    device = pick_device(args.device, processes.size() > 1)
     manifest, out = Path(args.manifest), Path(args.out)
     table = read_patches(manifest)
     rows = table[table["split"] == "train"].reset_index(drop=True)
@@ -75,6 +75,8 @@ def main(args) -> int:
     patches = open_patches(manifest.parent, rows["patch"].tolist(), args.workers, cut.patch_size)
     labels = torch.tensor(rows["label"].to_numpy())
 
+    settings = training_settings(args, manifest=manifest, init_weights=args.init_weights)
+    processes.start(device, settings)
     torch.manual_seed(args.seed)
     network = DualNetwork(args.backbone, args.stride, args.pretrained and not args.init_weights and not args.resume)
     if args.init_weights:
@@ -87,8 +89,9 @@ def main(args) -> int:
         bias_correction=args.bias_correction,
         distance_momentum=args.distance_momentum,
     )
-    settings = training_settings(args, manifest=manifest, init_weights=args.init_weights)
     memory, log = train(network, patches, labels, units, settings, args)
+    if not processes.finish():
+        return 0
 
     write_table(out / "memory.csv", memory_table(rows, memory, units), MEMORY)
     config = {"network": "dual", "backbone": args.backbone, "stride": args.stride, "classes": list(CLASSES)}
@@ -113,10 +116,8 @@ def train(network, patches, labels, units: Settings, settings: dict, args) -> tu
     weights = weights.to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
     modules = {"model": network, "optimizer": optimizer}
-    memory, log = start(len(labels), units), []
-    if args.resume:
-        last = read_last(out / "last.pt", settings, (*modules, "log", "memory"))
-        memory, log = Memory(**last["memory"]), loop.restore(last, modules)
+    log, memory = loop.begin(args, settings, modules, memory=vars(start(len(labels), units)))
+    memory = Memory(**memory)
     branch_share = 0.5 - args.fused_share / 2
     view_shares = torch.tensor([branch_share, branch_share, args.fused_share], device=device)
     warmup = args.warmup_share * args.epochs
@@ -125,7 +126,7 @@ def train(network, patches, labels, units: Settings, settings: dict, args) -> tu
     )
     steps = -(-len(labels) // args.batch_size)
     guard = loop.LossGuard(args.nan_steps, steps)
-    learned = loop.Rows(device, patches, labels)
+    learned = loop.Rows(device, labels, patches=patches)
     network.train()
     for epoch in range(len(log), args.epochs):
         generator = loop.epoch_generator(args.seed, epoch)
@@ -139,11 +140,13 @@ def train(network, patches, labels, units: Settings, settings: dict, args) -> tu
         for step, batch in enumerate(progress):
             optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (epoch + (step + 1) / steps) / max(warmup, 1e-9))
             shown, batch_labels = learned(batch)
-            weak = weak_view(shown, generator, args.weak_strength)
-            strong = strong_view(shown, generator, args.strong_strength)
+            drawn = processes.draws(generator, len(batch))
+            weak = weak_view(shown, drawn, args.weak_strength)
+            strong = strong_view(shown, drawn, args.strong_strength)
             with loop.autocast(device):
                 logits, pooled = network(weak, strong)
-            logits = logits.float()
+            logits = processes.gathered(logits.float(), len(batch), axis=1)
+            active = processes.gathered(pooled.detach() > 0, len(batch))
             losses = generalised_cross_entropy(logits.flatten(0, 1), batch_labels.repeat(len(VIEWS)), args.loss_q)
             loss = view_shares @ (losses.view(len(VIEWS), -1) * weights[batch_labels]).mean(dim=1)
             (loss,) = loop.backward(optimizer, loss)
@@ -152,7 +155,7 @@ def train(network, patches, labels, units: Settings, settings: dict, args) -> tu
             optimizer.step()
             there = upload(batch, device)
             probabilities[:, there] = logits.detach().softmax(dim=2)
-            features[there] = pooled.detach() > 0
+            features[there] = active
             total += loss * len(batch)
             progress.set_postfix(loss=f"{loss:.3f}", noisy=f"{log[-1]['noisy']:.3f}" if log else "-")
 
@@ -203,4 +206,4 @@ def print_states(memory: Memory, labels: torch.Tensor, counted: int) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, args)
+    run_script(main, args, join=processes.join)

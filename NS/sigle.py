@@ -54,18 +54,17 @@ from dasc.data.pack import open_patches
 from dasc.data.tables import SPLITS, check_both_labels, read_patches, without_noisy
 from dasc.detect.val import fit_to_patches, fit_to_val, judge_patches
 from dasc.files import write_json
-from dasc.model import loop
+from dasc.model import loop, processes
 from dasc.model.augment import training_view
-from dasc.model.checkpoint import read_last, training_settings
+from dasc.model.checkpoint import training_settings
 from dasc.model.inference import score_patches
-from dasc.model.network import fold_batch_norms
 from dasc.report.plots import reliability
 from dasc.report.trained import write_detector
 from dasc.run import pick_device, record_run, run_script
 
 
 def main(args) -> int:
-    device = pick_device(args.device)
+    device = pick_device(args.device, processes.size() > 1)
     manifest, out = Path(args.manifest), Path(args.out)
     table = read_patches(manifest)
     parts = {split: table[table["split"] == split] for split in SPLITS}
@@ -80,8 +79,11 @@ def main(args) -> int:
     labels = {split: torch.tensor(part["label"].to_numpy()) for split, part in parts.items()}
 
     settings = training_settings(args, manifest=manifest, hard=args.hard, init_weights=args.init_weights)
+    processes.start(device, settings)
     network, start = loop.start_network(args, device, resumed=args.resume)
     best, log = train(network, patches, labels, settings, args)
+    if not processes.finish():
+        return 0
     detector, best = loop.kept_detector(network, best, start, cut, args, settings["manifest_sha256"])
 
     if fields:
@@ -108,14 +110,12 @@ def train(network, patches: dict, labels: dict, settings: dict, args) -> tuple[d
     """
     out, device = Path(args.out), next(network.parameters()).device
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
-    ema, log, best = copy.deepcopy(network).eval(), [], None
+    ema = copy.deepcopy(network).eval()
     modules = {"model": network, "ema": ema, "optimizer": optimizer}
-    if args.resume:
-        last = read_last(out / "last.pt", settings, (*modules, "log", "best"))
-        log, best = loop.restore(last, modules), last["best"]
+    log, best = loop.begin(args, settings, modules, best=None)
     steps = -(-len(labels["train"]) // args.batch_size)
     guard = loop.LossGuard(args.nan_steps, steps)
-    learned = loop.Rows(device, patches["train"], labels["train"])
+    learned = loop.Rows(device, labels["train"], patches=patches["train"])
     for epoch in range(len(log), args.epochs):
         generator = loop.epoch_generator(args.seed, epoch)
         network.train()
@@ -125,9 +125,10 @@ def train(network, patches: dict, labels: dict, settings: dict, args) -> tuple[d
         for step, batch in enumerate(progress):
             optimizer.param_groups[0]["lr"] = args.lr * loop.cosine((epoch + step / steps) / args.epochs)
             shown, truth = learned(batch)
-            views = training_view(shown, generator, args.stain, args.light, args.focus)
+            views = training_view(shown, processes.draws(generator, len(batch)), args.stain, args.light, args.focus)
             with loop.autocast(device):
-                loss = F.cross_entropy(network(views).float(), truth)
+                logits = processes.gathered(network(views), len(batch))
+                loss = F.cross_entropy(logits.float(), truth)
             (loss,) = loop.backward(optimizer, loss)
             if guard.passes_over(loss, epoch):
                 skipped += len(batch)
@@ -137,8 +138,7 @@ def train(network, patches: dict, labels: dict, settings: dict, args) -> tuple[d
             total += loss * len(batch)
             progress.set_postfix(loss=f"{loss:.3f}", val_f1=f"{log[-1]['val_f1']:.3f}" if log else "-")
 
-        scores = score_patches(fold_batch_norms(ema), patches["val"], 2 * args.batch_size)
-        f1 = loop.best_f1(labels["val"].numpy(), scores.numpy())
+        f1 = loop.val_f1(ema, patches["val"], labels["val"].numpy(), 2 * args.batch_size)
         if best is None or f1 > max(row["val_f1"] for row in log):
             best = loop.copy_of(ema.state_dict())
         log.append({"epoch": epoch, "loss": total / (len(labels["train"]) - skipped), "val_f1": f1, "skipped": skipped})
@@ -147,4 +147,4 @@ def train(network, patches: dict, labels: dict, settings: dict, args) -> tuple[d
 
 
 if __name__ == "__main__":
-    run_script(main, args)
+    run_script(main, args, join=processes.join)

@@ -49,20 +49,28 @@ PACKAGES = (  # whatever reads pixels, computes or draws
 
 
 def run_script(
-    main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace, out: Path | None = None
+    main: Callable[[argparse.Namespace], int | None],
+    args: argparse.Namespace,
+    out: Path | None = None,
+    join: "Callable[[int, int], contextlib.AbstractContextManager] | None" = None,
 ) -> None:
     """Call `main(args)` and leave with its exit status; an InputError becomes one line and status 1.
 
     `main` returns None or 0 when all went well and 1 when something was skipped. No other run can write to the folder
     `out` (None: args.out) meanwhile; other shards of this one can. A script with a flag --shard finds there what
-    `pick_shard` says.
+    `pick_shard` says. A script that several processes of torchrun run as one has `join`, which is given rank and number
+    of processes: rank 0 alone holds the folder and prints.
     """
     if hasattr(sys.stdout, "reconfigure"):  # a name that is not UTF-8 is printed spelt out, as on standard error
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if hasattr(args, "shard"):
             args.shard = pick_shard(args.shard)
-        with only_run(Path(out or args.out), getattr(args, "shard", "")):
+        rank, size = _ranks() if join else (0, 1)
+        with contextlib.ExitStack() as held:
+            if size > 1:
+                held.enter_context(join(rank, size))
+            held.enter_context(_unheard() if rank else only_run(Path(out or args.out), getattr(args, "shard", "")))
             status = main(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -97,10 +105,8 @@ def pick_shard(shard: Shard) -> Shard:
                     "gaps, such as --array=0-7; give --shard I/N to run some of its tasks"
                 )
             index, by = number - low, ["SLURM_ARRAY_TASK_ID"]
-        if ranks := _variables(TORCHRUN):
-            rank, size = ranks
-            if rank >= size:
-                raise InputError(f"RANK {rank}: expected 0 to {size - 1} by WORLD_SIZE {size}; or give --shard I/N")
+        rank, size = _ranks("; or give --shard I/N")
+        if size > 1:
             index, of, by = index * size + rank, of * size, [*by, "RANK"]
         if of == 1:
             return shard
@@ -109,21 +115,36 @@ def pick_shard(shard: Shard) -> Shard:
     return shard
 
 
-def _variables(names: tuple[str, ...]) -> list[int]:
+def _ranks(advice: str = "") -> tuple[int, int]:
+    """The rank of this process and their number, by torchrun; 0 and 1 without it. advice: what else may be done."""
+    rank, size = _variables(TORCHRUN, advice) or (0, 1)
+    if rank >= size:
+        raise InputError(f"RANK {rank}: expected 0 to {size - 1} by WORLD_SIZE {size}{advice}")
+    return rank, size
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Within the block nothing is printed: what rank 0 prints too."""
+    with Path(os.devnull).open("w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+        yield
+
+
+def _variables(names: tuple[str, ...], advice: str = "; or give --shard I/N") -> list[int]:
     """The whole numbers in variables of the environment that are set together; empty where none is set."""
     found = {name: os.environ.get(name, "") for name in names}
     for name, text in found.items():
         if any(found.values()) and not re.fullmatch("[0-9]{1,9}", text):
             others = " and ".join(other for other in names if other != name and found[other])
             what = f"{text!r}, expected a whole number" if text else f"not set, although {others} is"
-            raise InputError(f"{name}: {what}; set all of {', '.join(names)} or none, or give --shard I/N")
+            raise InputError(f"{name}: {what}; set all of {', '.join(names)} or none{advice}")
     return [int(text) for text in found.values() if text]
 
 
-def pick_device(name: str, shard: str = "") -> "torch.device":
+def pick_device(name: str, one_of_several: bool | str = False) -> "torch.device":
     """Turn `--device` (auto, cpu, cuda, mps) into a device; auto takes the first of cuda, mps, cpu that is there.
 
-    Of several CUDA devices a shard takes the one that torchrun names in LOCAL_RANK.
+    Of several CUDA devices a shard, or one of several processes, takes the one that torchrun names in LOCAL_RANK.
     """
     import torch  # here: scripts that use no network start in a fraction of the time
 
@@ -137,7 +158,7 @@ def pick_device(name: str, shard: str = "") -> "torch.device":
     elif not available[name]:
         raise InputError(f"--device {name}: not available on this machine; --device auto picks what is")
     local = os.environ.get("LOCAL_RANK", "")
-    if name == "cuda" and shard and local:
+    if name == "cuda" and one_of_several and local:
         count = torch.cuda.device_count()
         if not re.fullmatch("[0-9]{1,9}", local) or int(local) >= count:
             raise InputError(f"LOCAL_RANK {local}: {count} CUDA devices are seen here; start at most one run for each")

@@ -21,7 +21,7 @@ from dasc.model import engine
 
 engine.PAYS_PX = math.inf  # what is compared to the byte is scored by one engine; tests/test_engine.py takes both
 
-LONGEST = ("kill_resume", "review", "fuzz", "sigle", "weak_mining", "reproducible")  # more than 30 s each
+LONGEST = ("kill_resume", "review", "processes", "fuzz", "sigle", "weak_mining", "reproducible")  # more than 30 s each
 
 
 def pytest_addoption(parser):

@@ -200,6 +200,7 @@ def test_a_shard_takes_the_device_of_its_local_rank(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert pick_device("auto", Shard("2/2")) == pick_device("cuda", Shard("2/2")) == torch.device("cuda:1")
+    assert pick_device("auto", True) == torch.device("cuda:1")  # of a training by several processes
     assert pick_device("auto") == torch.device("cuda") and pick_device("cpu", Shard("2/2")) == torch.device("cpu")
     for local in ("2", "x"):
         monkeypatch.setenv("LOCAL_RANK", local)

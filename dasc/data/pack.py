@@ -55,6 +55,10 @@ class MappedPatches:
         """All patches, so many at a time."""
         return (self[start : start + size] for start in range(0, len(self), size))
 
+    def part(self, rows: slice) -> "MappedPatches":
+        """Some of the patches, on disk as they are."""
+        return MappedPatches(self.pages, self.loose, self.rows[rows])
+
     def to(self, device: torch.device) -> Tensor:
         """All patches on a device, read once."""
         whole = torch.empty(self.shape, dtype=torch.uint8, device=device)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dasc.model.draws import Draws, rand
 from dasc.model.transfer import upload
 
 # Optical densities of hematoxylin, eosin and the rest for red, green and blue, one stain per row, unit length
@@ -27,7 +28,7 @@ def dihedral(patches: Tensor, view: int) -> Tensor:
     return torch.rot90(patches, view % 4, dims=(2, 3))
 
 
-def affine(patches: Tensor, generator: torch.Generator, degrees: float, scale: float, shift: float) -> Tensor:
+def affine(patches: Tensor, generator: Draws, degrees: float, scale: float, shift: float) -> Tensor:
     """Turn, mirror, scale and shift each patch (B, 3, S, S); what comes in from outside is mirrored at its edge.
 
     Args:
@@ -36,7 +37,7 @@ def affine(patches: Tensor, generator: torch.Generator, degrees: float, scale: f
     return _changed(patches, warp, affine_matrices(patches, generator, degrees, scale, shift))
 
 
-def affine_matrices(patches: Tensor, generator: torch.Generator, degrees: float, scale: float, shift: float) -> Tensor:
+def affine_matrices(patches: Tensor, generator: Draws, degrees: float, scale: float, shift: float) -> Tensor:
     """A random matrix per patch, (B, 2, 3): from a place in the view to its place in the patch, both in -1..1."""
     angle, size, x, y, mirror = _uniform(patches, generator, 5)
     angle, size, mirror = angle * math.radians(degrees), 1 + size * scale, mirror.sign()
@@ -59,7 +60,7 @@ def warp_points(points_px: Tensor, matrices: Tensor, side: int) -> Tensor:
     return (torch.linalg.solve(matrices[:, :, :2], places) + 1) * (side / 2) - 0.5
 
 
-def jitter_stain(patches: Tensor, generator: torch.Generator, strength: float, offset: float) -> Tensor:
+def jitter_stain(patches: Tensor, generator: Draws, strength: float, offset: float) -> Tensor:
     """Change how much of each stain a patch (B, 3, H, W; 0..1) took up, as another laboratory or scanner would.
 
     In optical density the amount of every stain is multiplied by 1 +- strength and moved by +- offset
@@ -68,9 +69,7 @@ def jitter_stain(patches: Tensor, generator: torch.Generator, strength: float, o
     return _changed(patches, mix_stains, *stain_mixtures(patches, generator, strength, offset))
 
 
-def stain_mixtures(
-    patches: Tensor, generator: torch.Generator, strength: float, offset: float
-) -> tuple[Tensor, Tensor]:
+def stain_mixtures(patches: Tensor, generator: Draws, strength: float, offset: float) -> tuple[Tensor, Tensor]:
     """A random matrix (B, 3, 3) and shift (B, 3) per patch, for the logarithms of red, green and blue."""
     factors = 1 + strength * _uniform(patches, generator, 3).T  # (B, 3)
     moves = offset * _uniform(patches, generator, 3).T
@@ -83,14 +82,12 @@ def mix_stains(patches: Tensor, matrices: Tensor, shifts: Tensor) -> Tensor:
     return torch.baddbmm(shifts[:, :, None], matrices, minus_density).exp_().clamp_(0, 1).view(patches.shape)
 
 
-def jitter_light(patches: Tensor, generator: torch.Generator, brightness: float, contrast: float) -> Tensor:
+def jitter_light(patches: Tensor, generator: Draws, brightness: float, contrast: float) -> Tensor:
     """Multiply each patch's contrast about its mean by 1 +- contrast and its brightness by 1 +- brightness."""
     return _changed(patches, relight, *light_changes(patches, generator, brightness, contrast))
 
 
-def light_changes(
-    patches: Tensor, generator: torch.Generator, brightness: float, contrast: float
-) -> tuple[Tensor, Tensor]:
+def light_changes(patches: Tensor, generator: Draws, brightness: float, contrast: float) -> tuple[Tensor, Tensor]:
     """A random relative change of brightness and of contrast per patch, (B, 1, 1, 1) each."""
     light, spread = _uniform(patches, generator, 2).view(2, -1, 1, 1, 1)
     return brightness * light, contrast * spread
@@ -103,12 +100,12 @@ def relight(patches: Tensor, light: Tensor, spread: Tensor) -> Tensor:
     return torch.addcmul(mean * (light - spread), patches, 1 + spread).clamp_(0, 1)
 
 
-def jitter_focus(patches: Tensor, generator: torch.Generator, blur: float, sharpen: float) -> Tensor:
+def jitter_focus(patches: Tensor, generator: Draws, blur: float, sharpen: float) -> Tensor:
     """Mix each patch with its 5x5 binomial blur: from `sharpen` times the detail added to `blur` times removed."""
     return _changed(patches, refocus, focus_shares(patches, generator, blur, sharpen))
 
 
-def focus_shares(patches: Tensor, generator: torch.Generator, blur: float, sharpen: float) -> Tensor:
+def focus_shares(patches: Tensor, generator: Draws, blur: float, sharpen: float) -> Tensor:
     """A random share of the fine detail to remove per patch, (B, 1, 1, 1); below 0 it is added."""
     share = _uniform(patches, generator, 1).view(-1, 1, 1, 1)
     return torch.where(share > 0, share * blur, share * sharpen)
@@ -123,9 +120,9 @@ def refocus(patches: Tensor, shares: Tensor) -> Tensor:
     return torch.lerp(patches, blurred, shares).clamp_(0, 1)
 
 
-def _uniform(patches: Tensor, generator: torch.Generator, rows: int) -> Tensor:
-    """Numbers in -1..1, (rows, B), on the CPU, so that every device sees the same views."""
-    return torch.rand(rows, len(patches), generator=generator) * 2 - 1
+def _uniform(patches: Tensor, generator: Draws, rows: int) -> Tensor:
+    """Numbers in -1..1, (rows, B), on the CPU."""
+    return rand(generator, (rows, len(patches)), axis=1) * 2 - 1
 
 
 def _changed(patches: Tensor, change: Callable[..., Tensor], *drawn: Tensor) -> Tensor:
@@ -133,7 +130,7 @@ def _changed(patches: Tensor, change: Callable[..., Tensor], *drawn: Tensor) -> 
     return change(patches, *(upload(of_patch, patches.device) for of_patch in drawn))
 
 
-def training_view(patches: Tensor, generator: torch.Generator, stain: float, light: float, focus: float) -> Tensor:
+def training_view(patches: Tensor, generator: Draws, stain: float, light: float, focus: float) -> Tensor:
     """One random view of every patch (B, 3, S, S) uint8 for training: float in 0..1, the same shape.
 
     Args:
@@ -143,7 +140,7 @@ def training_view(patches: Tensor, generator: torch.Generator, stain: float, lig
 
 
 def located_view(
-    patches: Tensor, points_px: Tensor, generator: torch.Generator, stain: float, light: float, focus: float
+    patches: Tensor, points_px: Tensor, generator: Draws, stain: float, light: float, focus: float
 ) -> tuple[Tensor, Tensor]:
     """As `training_view`, and where points (B, 2; x and y in px, NaN for none) of the patches lie in the views.
 

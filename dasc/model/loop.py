@@ -4,8 +4,10 @@ The loops themselves stand in the scripts. An epoch draws from (seed, epoch) alo
 """
 
 import argparse
+import contextlib
 import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,14 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dasc.data.cut import Cut
+from dasc.data.pack import MappedPatches
 from dasc.data.tables import LABELS
 from dasc.errors import InputError
 from dasc.files import write_csv
-from dasc.model.checkpoint import Detector, interpolate, load_initial_weights, save_checkpoint
+from dasc.model import processes
+from dasc.model.batch_norm import batch_norms
+from dasc.model.checkpoint import Detector, interpolate, load_initial_weights, read_last, save_checkpoint
+from dasc.model.inference import Patches, embed_patches, score_patches
 from dasc.model.network import CamNetwork, fold_batch_norms
 from dasc.model.transfer import gather, read_later, resident
 
@@ -70,13 +76,20 @@ def batches(order: Tensor, batch_size: int) -> list[Tensor]:
 
 
 class Rows:
-    """Tensors (N, ...) of a training; called with indices (B,) it gives these rows of each on the device."""
+    """Tensors (N, ...) of a training; called with indices (B,) it gives these rows of each on the device.
 
-    def __init__(self, device: torch.device, *tensors: Tensor) -> None:
-        self.device, self.tensors = device, [resident(tensor, device) for tensor in tensors]
+    patches: those (N, 3, S, S) of which it gives only this process's part, as the first.
+    """
+
+    def __init__(self, device: torch.device, *tensors: Tensor, patches: Patches | None = None) -> None:
+        self.device, self.patches = device, [] if patches is None else [resident(patches, device)]
+        self.tensors = [resident(tensor, device) for tensor in tensors]
 
     def __call__(self, batch: Tensor) -> list[Tensor]:
-        return gather(self.tensors, batch, self.device)
+        if processes.size() == 1:
+            return gather([*self.patches, *self.tensors], batch, self.device)
+        own = batch[processes.own(len(batch))]
+        return gather(self.patches, own, self.device) + gather(self.tensors, batch, self.device)
 
 
 def backward(optimizer: torch.optim.Optimizer, loss: Tensor, *parts: Tensor) -> list[float]:
@@ -84,6 +97,7 @@ def backward(optimizer: torch.optim.Optimizer, loss: Tensor, *parts: Tensor) -> 
     read = read_later(torch.stack([loss, *parts]))
     optimizer.zero_grad()
     loss.backward()
+    processes.add_up(parameter for group in optimizer.param_groups for parameter in group["params"])
     return read()
 
 
@@ -105,9 +119,11 @@ class LossGuard:
         return self.in_a_row > 0
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """The context in which a network computes: bfloat16 where the device is a CUDA one."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+@contextlib.contextmanager
+def autocast(device: torch.device) -> Iterator[None]:
+    """The context in which a network computes: bfloat16 on a CUDA device, batch norms of the whole batch."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"), batch_norms():
+        yield
 
 
 @torch.no_grad()
@@ -136,9 +152,30 @@ def save_epoch(out: Path, log: list[dict[str, Any]], modules: dict[str, Any], **
 
     modules: networks and optimizers, whose state dicts are kept under these names. state: what else is kept.
     """
-    write_csv(out / "log.csv", pd.DataFrame(log).round(6))
-    states = {name: module.state_dict() for name, module in modules.items()}
-    save_checkpoint(out / "last.pt", {**states, **state, "log": log})
+    with processes.writing() as writes:
+        if writes:
+            write_csv(out / "log.csv", pd.DataFrame(log).round(6))
+            states = {name: module.state_dict() for name, module in modules.items()}
+            save_checkpoint(out / "last.pt", {**states, **state, "log": log})
+
+
+def begin(args: argparse.Namespace, settings: dict[str, Any], modules: dict[str, Any], **state: Any) -> list[Any]:
+    """The log and the rest of a training's state before its next epoch: as given, or from OUT/last.pt with --resume.
+
+    settings: as `training_settings`. modules: networks and optimizers; with --resume they are given their state dicts.
+    state: by name, as `save_epoch` keeps it.
+    """
+    log = []
+    if args.resume:
+        last = read_last(Path(args.out) / "last.pt", settings, (*modules, "log", *state))
+        log, state = restore(last, modules), {name: last[name] for name in state}
+    begin_together(log, modules)
+    return [log, *state.values()]
+
+
+def begin_together(log: list[dict[str, Any]], modules: dict[str, Any]) -> None:
+    """Make sure that all processes go on from the same epoch with the same weights."""
+    processes.begin(len(log), *(module for module in modules.values() if isinstance(module, torch.nn.Module)))
 
 
 def restore(last: dict[str, Any], modules: dict[str, Any]) -> list[dict[str, Any]]:
@@ -179,7 +216,14 @@ def kept_detector(
 
 
 def check_batch(batch_size: int, patch_size: int, stride: int) -> None:
-    """Raise InputError where batch norm would have one value per channel: batches of one patch, maps of one cell."""
+    """Raise InputError where a process would have no patch, or batch norm one value per channel.
+
+    One value: batches of one patch, maps of one cell.
+    """
+    if batch_size < processes.size():
+        raise InputError(
+            f"--batch_size {batch_size}: {processes.size()} processes share a batch; expected a patch for each at least"
+        )
     if batch_size == 1 and patch_size <= stride:
         raise InputError(
             f"--batch_size 1: patches of {patch_size} px at stride {stride} give one value per channel, and batch norm "
@@ -190,6 +234,24 @@ def check_batch(batch_size: int, patch_size: int, stride: int) -> None:
 def cosine(progress: float) -> float:
     """Falls from 1 to 0 as progress goes from 0 to 1."""
     return 0.5 * (1 + float(torch.cos(torch.tensor(progress * torch.pi))))
+
+
+def val_f1(network: CamNetwork, patches: Patches, labels: np.ndarray, batch_size: int) -> float:
+    """F1 of a network at the best threshold for the validation patches, which the processes share."""
+    scores = score_patches(fold_batch_norms(network), _own(patches), batch_size)
+    return best_f1(labels, processes.gathered(scores, len(labels)).numpy())
+
+
+def features_of(network: CamNetwork, patches: Patches, batch_size: int) -> np.ndarray:
+    """Features (N, C) of patches by a network, which the processes share."""
+    features, _ = embed_patches(fold_batch_norms(network), _own(patches), batch_size)
+    return processes.gathered(torch.from_numpy(features), len(patches)).numpy()
+
+
+def _own(patches: Patches) -> Patches:
+    """This process's part of patches that are looked at once each."""
+    own = processes.own(len(patches))
+    return patches.part(own) if isinstance(patches, MappedPatches) else patches[own]
 
 
 def best_f1(labels: np.ndarray, scores: np.ndarray) -> float:
