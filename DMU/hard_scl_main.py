@@ -59,8 +59,6 @@ RESUME = False  # True: go on from OUT/last.pt
 if __name__ == "__main__":
     args = read_flags(globals())  # before the slow imports: --help and a wrong flag answer at once
 
-import copy
-
 import numpy as np
 import pandas as pd
 import torch
@@ -151,7 +149,7 @@ def train(network, patches, points_px, rows, val_patches, val_labels, settings, 
     out, device = Path(args.out), next(network.parameters()).device
     labels, hardness = torch.tensor(rows["label"].to_numpy()), torch.tensor(rows["hardness"].to_numpy(np.float32))
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
-    ema = copy.deepcopy(network).eval()
+    ema, average = loop.averaged(network, args.ema)
     modules = {"model": network, "ema": ema, "optimizer": optimizer}
     none = {"groups": torch.empty(0, dtype=torch.long), "spreads": torch.empty(0, dtype=torch.double)}
     log, best, groups, spreads = loop.begin(args, settings, modules, best=None, **none)
@@ -199,7 +197,7 @@ def train(network, patches, points_px, rows, val_patches, val_labels, settings, 
                 skipped += len(batch)
                 continue
             optimizer.step()
-            loop.update_ema(ema, network, args.ema, epoch * steps + step)
+            average(epoch * steps + step)
             for name, part in zip(LOSSES, parts, strict=True):
                 totals[name] += part * len(batch)
             progress.set_postfix(loss=f"{parts[0]:.3f}", val_f1=f"{log[-1]['val_f1']:.3f}" if log else "-")

@@ -43,8 +43,6 @@ RESUME = False  # True: go on from OUT/last.pt
 if __name__ == "__main__":
     args = read_flags(globals())  # before the slow imports: --help and a wrong flag answer at once
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -110,7 +108,7 @@ def train(network, patches: dict, labels: dict, settings: dict, args) -> tuple[d
     """
     out, device = Path(args.out), next(network.parameters()).device
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
-    ema = copy.deepcopy(network).eval()
+    ema, average = loop.averaged(network, args.ema)
     modules = {"model": network, "ema": ema, "optimizer": optimizer}
     log, best = loop.begin(args, settings, modules, best=None)
     steps = -(-len(labels["train"]) // args.batch_size)
@@ -134,7 +132,7 @@ def train(network, patches: dict, labels: dict, settings: dict, args) -> tuple[d
                 skipped += len(batch)
                 continue
             optimizer.step()
-            loop.update_ema(ema, network, args.ema, epoch * steps + step)
+            average(epoch * steps + step)
             total += loss * len(batch)
             progress.set_postfix(loss=f"{loss:.3f}", val_f1=f"{log[-1]['val_f1']:.3f}" if log else "-")
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dasc.model.draws import Draws, rand
-from dasc.model.transfer import upload
+from dasc.model.transfer import upload, upload_all
 
 # Optical densities of hematoxylin, eosin and the rest for red, green and blue, one stain per row, unit length
 # (Ruifrok & Johnston 2001; the third row is orthogonal to the other two).
@@ -159,7 +159,8 @@ def _training_view(patches, generator, stain, light, focus) -> tuple[Tensor, Ten
         changes.append((relight, light_changes(patches, generator, light, light)))
     if focus:
         changes.append((refocus, (focus_shares(patches, generator, focus, focus / 2),)))
-    changes = [(change, [upload(one, patches.device) for one in drawn]) for change, drawn in changes]
+    there = iter(upload_all([one for _, drawn in changes for one in drawn], patches.device))
+    changes = [(change, [next(there) for _ in drawn]) for change, drawn in changes]
     views = torch.empty(patches.shape, device=patches.device, memory_format=torch.channels_last)
     at_once = CACHED * torch.get_num_threads() if patches.device.type == "cpu" else max(1, len(patches))
     for start in range(0, len(patches), at_once):

@@ -5,9 +5,10 @@ The loops themselves stand in the scripts. An epoch draws from (seed, epoch) alo
 
 import argparse
 import contextlib
+import copy
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,20 +127,25 @@ def autocast(device: torch.device) -> Iterator[None]:
         yield
 
 
-@torch.no_grad()
-def update_ema(ema: CamNetwork, network: CamNetwork, decay: float, step: int) -> None:
-    """Move the exponential moving average (EMA) of the weights: ema <- d ema + (1 - d) weights.
+def averaged(network: CamNetwork, decay: float) -> tuple[CamNetwork, Callable[[int], None]]:
+    """The exponential moving average (EMA) of a network's weights: the network that holds it, and what moves it.
 
-    d = min(decay, (1 + step) / (10 + step)), so that the first steps are forgotten sooner than the later ones.
+    That is called with the number of every step, from 0 on: ema <- d ema + (1 - d) weights, d = min(decay, (1 + step) /
+    (10 + step)), so that the first steps are forgotten sooner than the later ones.
     """
-    decay = min(decay, (1 + step) / (10 + step))
+    ema = copy.deepcopy(network).eval()
     of_ema, of_network = (list(itertools.chain(each.parameters(), each.buffers())) for each in (ema, network))
     pairs = list(zip(of_ema, of_network, strict=True))
     means, weights = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
-    get_ema_multi_avg_fn(decay)(means, weights, None)  # on a GPU a few kernels, not one per tensor
-    for count, now in pairs:
-        if not count.is_floating_point():
-            count.copy_(now)  # of the batches that batch norm has seen
+    counts = [pair for pair in pairs if not pair[0].is_floating_point()]  # of the batches that batch norm has seen
+
+    @torch.no_grad()
+    def move(step: int) -> None:
+        get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))(means, weights, None)
+        for count, now in counts:
+            count.copy_(now)
+
+    return ema, move
 
 
 def copy_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:

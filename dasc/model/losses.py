@@ -47,22 +47,23 @@ def subclass_contrastive(
     others = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     inside = subclasses[:, None] == subclasses
     similarity = features @ features.T
-    near = _contrast(similarity / temperature[:, None], inside & others, others)
-    far = _contrast(similarity / subclass_temperature[:, None], (labels[:, None] == labels) & ~inside, ~inside)
+    temperatures = torch.stack([temperature, subclass_temperature])[:, :, None]
+    positives = torch.stack([inside & others, (labels[:, None] == labels) & ~inside])
+    near, far = _contrast(similarity / temperatures, positives, torch.stack([others, ~inside]))
     return ((near + gamma * far) * weights).sum() / weights.sum()
 
 
 def _contrast(logits: Tensor, positives: Tensor, compared: Tensor) -> Tensor:
-    """Minus the mean log softmax over `compared` at `positives`, per anchor (B,); 0 for an anchor without positives.
+    """Minus the mean log softmax over `compared` at `positives`, per anchor (..., B); 0 for one without positives.
 
     Args:
-        logits: (B, B). positives, compared: (B, B) bool; every positive is compared.
+        logits: (..., B, B). positives, compared: (..., B, B) bool; every positive is compared.
     """
     # Finite where nothing is compared: the gradient of a logsumexp over minus infinity alone is NaN.
     logits = logits.masked_fill(~compared, torch.finfo(logits.dtype).min)
-    count = positives.sum(dim=1)
-    of_positives = logits.masked_fill(~positives, 0).sum(dim=1) / count.clamp(min=1)
-    return torch.where(count > 0, logits.logsumexp(dim=1) - of_positives, 0)
+    count = positives.sum(dim=-1)
+    of_positives = logits.masked_fill(~positives, 0).sum(dim=-1) / count.clamp(min=1)
+    return torch.where(count > 0, logits.logsumexp(dim=-1) - of_positives, 0)
 
 
 def subclass_temperatures(concentration: Tensor, temperature: float) -> Tensor:

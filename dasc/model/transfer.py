@@ -21,6 +21,14 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+def upload_all(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Small tensors of one type on a device, in one copy."""
+    if device.type != "cuda":
+        return [upload(tensor, device) for tensor in tensors]
+    parts = upload(torch.cat([tensor.flatten() for tensor in tensors]), device).split([t.numel() for t in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 def resident(tensor: Tensor | MappedPatches, device: torch.device) -> Tensor | MappedPatches:
     """A tensor (N, ...) on a CUDA device if it takes at most RESIDENT_SHARE of the free memory, else as it is."""
     if device.type != "cuda" or tensor.nbytes > RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:

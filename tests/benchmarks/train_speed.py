@@ -6,7 +6,6 @@ for after BLOCK steps, as the scripts let it run ahead.
 """
 
 import argparse
-import copy
 import sys
 import time
 from collections.abc import Callable
@@ -51,7 +50,7 @@ class Steps:
         self.learned = [resident(one, device) for one in (patches, labels, grades, groups)]
         self.points_px = torch.rand(PATCHES, 2, generator=self.generator) * (patch_size - 1)
         self.network = CamNetwork(backbone, stride).to(device, memory_format=torch.channels_last).train()
-        self.average = copy.deepcopy(self.network)
+        _, self.average = loop.averaged(self.network, 0.98)
         self.features = torch.randn(batch_size, self.network.cam_head.in_channels, device=device)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-4)
         ready = torch.rand(batch_size, *shape[1:], device=device)
@@ -95,7 +94,7 @@ class Steps:
     def finish(self, loss: torch.Tensor, *parts: torch.Tensor) -> None:
         loop.backward(self.optimizer, loss, *parts)
         self.optimizer.step()
-        loop.update_ema(self.average, self.network, 0.98, 10_000)
+        self.average(10_000)
 
     def loss_alone(self, batch: torch.Tensor) -> None:
         """The subclass loss of ready features, and its gradient."""
