@@ -50,14 +50,14 @@ def test_every_part_works_on_a_cpu(packed, tmp_path):
     assert "no figure counts" in text and all(f"| {name} |" in text for name in parts)
 
 
-def test_a_part_can_be_run_alone(packed, tmp_path, monkeypatch):
-    for part, work in (("checks", "check"), ("speed", "measure"), ("training", "train")):
-        done = []
-        for name in ("check", "measure", "train"):
-            monkeypatch.setattr(gpu, name, lambda *_, name=name: done.append(name))
-        words = ["--device", "cpu", "--quick", "--patches", packed[0], "--out", tmp_path / "gpu.json", "--parts", part]
-        assert gpu.main(gpu.read_arguments([str(word) for word in words])) == 0
-        assert done == [work]
+@pytest.mark.parametrize(("part", "work"), [("checks", "check"), ("speed", "measure"), ("training", "train")])
+def test_a_part_can_be_run_alone(packed, tmp_path, monkeypatch, part, work):
+    done = []
+    for name in ("check", "measure", "train"):
+        monkeypatch.setattr(gpu, name, lambda *_, name=name: done.append(name))
+    words = ["--device", "cpu", "--quick", "--patches", packed[0], "--out", tmp_path / "gpu.json", "--parts", part]
+    assert gpu.main(gpu.read_arguments([str(word) for word in words])) == 0
+    assert done == [work]
 
 
 def test_a_part_that_fails_is_recorded_and_the_next_one_goes_on(tmp_path):
