@@ -32,7 +32,7 @@ class Group:
 
     rank: int
     size: int
-    store: distributed.Store
+    store: "distributed.Store"
     watch: Watch
     device: torch.device | None = None  # set by `start`
     compared: int = 0  # times that `agree` was called
@@ -68,7 +68,7 @@ def join(rank: int, size: int) -> Iterator[None]:
         raise InputError(f"{who}{error}") from error
 
 
-def _meet(rank: int, size: int) -> tuple[distributed.Store, distributed.Store]:
+def _meet(rank: int, size: int) -> "tuple[distributed.Store, distributed.Store]":
     """The store of all processes, by two connections: for what they compare, and for their watch."""
     host, port = (os.environ.get(name, "") for name in PLACE)
     if not host or not re.fullmatch("[0-9]{1,5}", port):
