@@ -8,7 +8,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 LOWEST := .venv-lowest/bin/python
 INSTALL = $(PYTHON) -m venv .venv && $(RUN) -m pip install --quiet --disable-pip-version-check
-TEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+TEST := -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 LIGHT := --backbone resnet10t --pretrained False --lr 1e-3
 
 

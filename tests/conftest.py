@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,9 @@ from review_page import Fake, state_of
 from dasc.model import engine
 
 engine.PAYS_PX = math.inf  # what is compared to the byte is scored by one engine; tests/test_engine.py takes both
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background; the children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = ("kill_resume", "review", "processes", "fuzz", "sigle", "weak_mining", "reproducible")  # more than 30 s each
 
