@@ -145,15 +145,13 @@ def out_folder(args) -> Path:
 
 
 def check_model(detector: Detector, args) -> None:
-    """Raise InputError where the search network was trained on other patches than these, or no score is searched."""
+    """Raise InputError where the search network was trained on other patches than these, or the limits contradict."""
     for name in ("patch_size", "patch_um_per_px", "normalise_stain"):
         trained, value = getattr(detector, name), getattr(args, name)
         if trained != value:
             raise InputError(f"{args.model_path}: trained at {name} {trained}, these patches have {value}")
-    if args.search_below <= args.search_above:
-        raise InputError(
-            f"--search_below {args.search_below:g}: expected more than --search_above {args.search_above:g}"
-        )
+    if args.search_below < args.search_above:
+        raise InputError(f"--search_below {args.search_below:g}: lower than --search_above {args.search_above:g}")
 
 
 class Known(NamedTuple):

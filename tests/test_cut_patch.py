@@ -103,8 +103,11 @@ def test_what_the_search_is_too_sure_of_is_no_negative(small_run, tmp_path):
     places = ["image", "label", "origin", "x_px", "y_px"]
     left_out = whole.merge(tables(tmp_path / "below")[0][places], how="left", indicator=True)["_merge"] == "left_only"
     assert (left_out == (whole["score"] > limit)).all() and 0 < left_out.sum() < len(scores)
-    says = "--search_below 0.2: expected more than --search_above 0.2"
-    fails("pre/cut_patch_2.py", *flags, "--search_below", 0.2, "--out", tmp_path / "none", says=says)
+    nothing = [*flags, "--search_above", 1, "--search_below", 1, "--out", tmp_path / "nothing"]
+    succeed("pre/cut_patch_2.py", *nothing)  # a limit of 1 searches for nothing
+    assert "searched" not in set(tables(tmp_path / "nothing")[0]["origin"])
+    says = "--search_below 0.1: lower than --search_above 0.2"
+    fails("pre/cut_patch_2.py", *flags, "--search_below", 0.1, "--out", tmp_path / "none", says=says)
 
 
 def test_an_older_result_is_kept_and_a_foreign_folder_refused(small_run, tmp_path):
