@@ -109,7 +109,8 @@ def main(args) -> int:
     smallest = min(args.smallest, threshold)
     if args.shard:  # what cannot be read at all is named by the run that merges
         fields, skipped = shards.begin(), {}
-    engine = PatchEngine(detector.network, args.engine, detector.patch_size, count_unfinished(fields, out, args.resume))
+    images = count_unfinished(fields, out, args.resume)
+    engine = PatchEngine(detector.network, args.engine, detector.patch_size, images, detector.first_look)
     found = scan_images(fields, annotations, skipped, detector, engine, threshold, smallest, args)
     if args.shard:
         return shards.end(len(found), len(skipped))
@@ -200,7 +201,7 @@ def scan_image(
         overview, tissue = look_over(slide, um_per_px, args.whole_px, args.workers)
         network = engine.network_for(slide.width * slide.height)
         detections = find_mitoses(
-            dataclasses.replace(detector, network=network),
+            dataclasses.replace(detector, network=network, first_look=engine.first_look),
             slide,
             um_per_px,
             tissue,

@@ -20,6 +20,8 @@ import torch
 
 from dasc.detect.filters import Image, at, enlarge, highest, look_up, lowest, shrink, smooth, to_device, to_numpy
 from dasc.errors import InputError
+from dasc.images.stain import apply_stain
+from dasc.model.first_look import FirstLook, odds_map, peaks
 
 PER_MM2 = 1800.0  # candidates kept per square millimetre of field
 AT_LEAST = 8  # kept however small the field is
@@ -56,11 +58,27 @@ def find_candidates(
     if len(points_px) == 0:
         return points_px, np.zeros(0)
     score = score_candidates(measures, *spread_of(measures))
-    order = np.argsort(-score, kind="stable")
-    if per_mm2 is not None:
-        area_mm2 = image.shape[0] * image.shape[1] * um_per_px**2 / 1e6
-        order = order[: max(AT_LEAST, int(per_mm2 * area_mm2))]
+    order = np.argsort(-score, kind="stable")[: most_in(image, um_per_px, per_mm2)]
     return points_px[order], score[order]
+
+
+def most_in(image: np.ndarray, um_per_px: float, per_mm2: float | None) -> int | None:
+    """How many candidates of a field (H, W, 3) are kept: `per_mm2`, but AT_LEAST so many; None: all."""
+    area_mm2 = image.shape[0] * image.shape[1] * um_per_px**2 / 1e6
+    return None if per_mm2 is None else max(AT_LEAST, int(per_mm2 * area_mm2))
+
+
+def candidates_of(
+    first_look: FirstLook, image: np.ndarray, um_per_px: float, stain: np.ndarray | None, cores: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """The candidates of a first look: points (N, 2), x and y in px of the image, and log odds (N,), highest first.
+
+    image: (H, W, 3) uint8 RGB, a field or a part of one. stain: of the field, as `stain.apply_stain`. cores: as
+    `first_look.odds_map`.
+    """
+    small = at_working_resolution(image, um_per_px)
+    points_px, odds = peaks(odds_map(first_look, apply_stain(small, stain), cores))
+    return _in_image(points_px, small, image), odds
 
 
 def measure_candidates(
@@ -82,11 +100,8 @@ def measure_candidates(
         raise InputError(f"image to search: found {image.dtype} {image.shape}, expected (H, W, 3) uint8 RGB")
     if not 0.1 <= um_per_px <= 1.0:
         raise InputError(f"image to search: found {um_per_px} um/px, expected 0.1-1.0; set --um_per_px")
-    height, width = image.shape[:2]
     working_um = max(WORKING_UM_PER_PX, um_per_px)
-    scale = um_per_px / working_um
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    small = at_working_resolution(image, um_per_px)
     padding = _find_padding(small, working_um)
     if padding.all():
         return np.zeros((0, 2)), np.zeros((0, 4))
@@ -95,8 +110,19 @@ def measure_candidates(
     except torch.OutOfMemoryError:
         logger.warning("the device's memory is full: candidates are searched on the CPU")
         column, row, measures = _measure(small, padding, padding_density, working_um)
-    working_points = np.stack([column, row], axis=1).astype(np.float64)
-    return (working_points + 0.5) * [width / size[0], height / size[1]] - 0.5, measures
+    return _in_image(np.stack([column, row], axis=1).astype(np.float64), small, image), measures
+
+
+def at_working_resolution(image: np.ndarray, um_per_px: float) -> np.ndarray:
+    """An image (H, W, 3) uint8 at WORKING_UM_PER_PX, or as it is where it is coarser."""
+    scale = um_per_px / max(WORKING_UM_PER_PX, um_per_px)
+    size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+
+def _in_image(points_px: np.ndarray, small: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Points (N, 2) of the small image in px of the image."""
+    return (points_px + 0.5) * np.divide(image.shape[1::-1], small.shape[1::-1]) - 0.5
 
 
 def spread_of(measures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

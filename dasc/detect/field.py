@@ -11,13 +11,14 @@ from scipy.spatial import cKDTree
 from scipy.special import expit
 
 from dasc.data.patches import PatchCutter
-from dasc.detect.candidates import find_candidates
-from dasc.images.stain import normalise_stain
+from dasc.detect.candidates import candidates_of, find_candidates, most_in
+from dasc.images.stain import apply_stain, estimate_stain, tissue_density
 from dasc.model.checkpoint import Detector
 from dasc.model.inference import device_of, log_odds
 from dasc.model.network import CamNetwork
 
 SECOND_LOOK_PER_MM2 = 300  # candidates seen again in every view: several times the densest tumours' mitoses
+LOOK_PER_MM2 = 150  # of a detector with a first look, which knows better where they are
 AT_LEAST = 16  # of them, however small the field is
 EDGE_UM = 2.0  # nearer to the image's edge much of a nucleus is cut off, its patch is mirrored: nothing is looked at
 CUT_TOGETHER = 1024  # patches cut at once: 13 MB at 64 px, 154 MB at 224 px
@@ -73,7 +74,7 @@ class Looked(NamedTuple):
     """What a network makes of a field's candidates.
 
     points_px: (N, 2), x and y of the likely ones. odds: (N,), their log odds over all views.
-    first: (M,), log odds of all candidates in the first view.
+    first: (M,), log odds of all candidates in the first view. Both with those of the first look, if there is one.
     """
 
     points_px: np.ndarray
@@ -84,24 +85,45 @@ class Looked(NamedTuple):
 def look_at(detector: Detector, image: np.ndarray, um_per_px: float, *, batch_size: int) -> Looked:
     """Find a field's candidates, the detector's `per_mm2` best, and look at them, at the likely ones again.
 
-    The second look averages the detector's `views` of the SECOND_LOOK_PER_MM2 best; 1 leaves it out. Nuclei nearer than
+    The second look averages the detector's `views` of the best (`most_seen_again`); 1 leaves it out. Nuclei nearer than
     EDGE_UM to the edge are left out: annotators leave them out too (docs/measured.md).
 
     image: (H, W, 3) uint8 RGB. batch_size: patches scored together.
     """
     network, views = detector.network, detector.views
     device = device_of(network)
-    points_px, _ = find_candidates(image, um_per_px, detector.per_mm2, search_device(device))
-    points_px = points_px[off_the_edge(points_px, image.shape[1], image.shape[0], um_per_px)]
-    shown = normalise_stain(image) if detector.normalise_stain else image
+    stain = estimate_stain(tissue_density(image)) if detector.normalise_stain else None
+    points_px, added = _candidates(detector, image, um_per_px, stain, device)
+    inside = off_the_edge(points_px, image.shape[1], image.shape[0], um_per_px)
+    points_px, added = points_px[inside], added[inside]
+    shown = apply_stain(image, stain)
     cutter = PatchCutter(shown, um_per_px, detector.patch_um_per_px, detector.patch_size, device)
-    first = _log_odds_at(network, cutter, points_px, batch_size)
+    first = _log_odds_at(network, cutter, points_px, batch_size) + added
     if views == 1:
         return Looked(points_px, first, first)
     area_mm2 = image.shape[0] * image.shape[1] * um_per_px**2 / 1e6
-    best = np.argsort(-first, kind="stable")[: max(AT_LEAST, round(SECOND_LOOK_PER_MM2 * area_mm2))]
-    others = _log_odds_at(network, cutter, points_px[best], batch_size, range(1, views))
+    best = np.argsort(-first, kind="stable")[: most_seen_again(detector, area_mm2)]
+    others = _log_odds_at(network, cutter, points_px[best], batch_size, range(1, views)) + added[best]
     return Looked(points_px[best], over_all_views(first[best], others, views), first)
+
+
+def most_seen_again(detector: Detector, area_mm2: float) -> int:
+    """How many candidates of an area are seen again in every view."""
+    per_mm2 = SECOND_LOOK_PER_MM2 if detector.first_look is None else LOOK_PER_MM2
+    return max(AT_LEAST, round(per_mm2 * area_mm2))
+
+
+def _candidates(
+    detector: Detector, image: np.ndarray, um_per_px: float, stain: np.ndarray | None, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """The detector's `per_mm2` best candidates (N, 2), and what its first look adds to their log odds (N,), or 0."""
+    if detector.first_look is None:
+        points_px, _ = find_candidates(image, um_per_px, detector.per_mm2, search_device(device))
+        return points_px, np.zeros(len(points_px), np.float32)
+    cores = torch.get_num_threads() if device.type == "cpu" else 1
+    points_px, odds = candidates_of(detector.first_look, image, um_per_px, stain, cores)
+    most = most_in(image, um_per_px, detector.per_mm2)
+    return points_px[:most], odds[:most]
 
 
 def detections_of(looked: Looked, detector: Detector, um_per_px: float, smallest: float) -> pd.DataFrame:

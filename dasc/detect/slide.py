@@ -20,7 +20,7 @@ from scipy.special import expit
 from tqdm import tqdm
 
 from dasc.detect.candidates import score_candidates, spread_of
-from dasc.detect.field import AT_LEAST, SECOND_LOOK_PER_MM2, merge, off_the_edge, over_all_views, search_device
+from dasc.detect.field import AT_LEAST, merge, most_seen_again, off_the_edge, over_all_views, search_device
 from dasc.detect.tiles import Grid, Tile, make_grid
 from dasc.images.slides import Slide
 from dasc.images.stain import estimate_stain, tissue_density
@@ -71,7 +71,8 @@ def scan_slide(
     Raises: InputError: a region that cannot be read.
     """
     progress = progress or Progress()
-    grid = make_grid(slide, um_per_px, detector.patch_um_per_px, detector.patch_size)
+    has_look = detector.first_look is not None
+    grid = make_grid(slide, um_per_px, detector.patch_um_per_px, detector.patch_size, has_look)
     if progress.survey is None:
         progress.survey = survey_slide(detector, slide, grid, tissue, batch_size=batch_size, workers=workers)
     survey = progress.survey
@@ -80,22 +81,25 @@ def scan_slide(
         device = device_of(detector.network)
         stain = survey["stain"] and np.array(survey["stain"], np.float32)
 
-        def look(place: tuple) -> tuple[np.ndarray, torch.Tensor]:
+        def look(place: tuple) -> tuple[np.ndarray, torch.Tensor, np.ndarray]:
             tile = Tile(slide, grid, *place)
-            points_px, measures = tile.candidates(tuple(survey["padding_density"]), tissue, search_device(device))
-            scores = score_candidates(measures, np.array(survey["middle"]), np.array(survey["spread"]))
-            points_px = points_px[scores >= survey["lowest_score"]]
+            if has_look:
+                points_px, scores = tile.candidates_of(detector, stain, tissue)
+            else:
+                points_px, measures = tile.candidates(tuple(survey["padding_density"]), tissue, search_device(device))
+                scores = score_candidates(measures, np.array(survey["middle"]), np.array(survey["spread"]))
             in_slide = grid.in_slide(points_px)
-            seen = off_the_edge(in_slide, slide.width, slide.height, um_per_px)
-            return in_slide[seen], tile.patches(points_px[seen], detector, stain, device)
+            seen = off_the_edge(in_slide, slide.width, slide.height, um_per_px) & (scores >= survey["lowest_score"])
+            added = scores[seen] if has_look else np.zeros(int(seen.sum()), np.float32)
+            return in_slide[seen], tile.patches(points_px[seen], detector, stain, device), added
 
         lowest = detector.calibration.uncalibrate(smallest, odds_shift)
         looks = Looks(detector.network, batch_size, detector.views, survey["second_look"], lowest)
         places = place_tiles(grid, tissue, tile_um, shift)[progress.tiles :]
         with ThreadPoolExecutor(max(1, workers)) as pool:
             tiles = tqdm(ahead(pool, look, places, workers), "tiles", total=len(places), leave=False, unit="tile")
-            for points_px, patches in tiles:
-                looks.add(points_px, patches)
+            for points_px, patches, added in tiles:
+                looks.add(points_px, patches, added)
                 progress.tiles += 1
                 if progress.tiles % SAVE_EVERY == 0:
                     progress.found += looks.flush()
@@ -121,8 +125,8 @@ def survey_slide(
     """What is judged over the whole slide, from squares spread evenly over the tissue; empty where none has a nucleus.
 
     Returns: stain, as `stain.estimate_stain`; padding_density, as `candidates.measure_candidates`; middle and spread,
-    as `candidates.spread_of`; lowest_score, from which a candidate is looked at; second_look, the probability from
-    which it is looked at again; shift_of_odds, as `Calibration.shift_of`.
+    as `candidates.spread_of`, empty with a first look; lowest_score, from which a candidate is looked at; second_look,
+    the probability from which it is looked at again; shift_of_odds, as `Calibration.shift_of`.
     """
     side = SURVEY_UM / (grid.step * grid.um_per_px)
     places = place_tiles(grid, tissue, SURVEY_UM, (0, 0))
@@ -141,17 +145,24 @@ def survey_slide(
             return {}
         stain = estimate_stain(density) if detector.normalise_stain else None
         padding_density = float(np.median(density[:, 0])), float(np.median(density.sum(axis=1)))
-        found = list(pool.map(lambda tile: tile.candidates(padding_density, tissue, search_device(device)), tiles))
+        if detector.first_look is not None:
+            found = list(pool.map(lambda tile: tile.candidates_of(detector, stain, tissue), tiles))
+        else:
+            found = list(pool.map(lambda tile: tile.candidates(padding_density, tissue, search_device(device)), tiles))
     measures = np.concatenate([measures for _, measures in found])
     if not len(measures):
         return {}
-    middle, spread = spread_of(measures)
-    scores = [score_candidates(measures, middle, spread) for _, measures in found]
+    middle = spread = np.zeros(0)
+    scores = [measures for _, measures in found]
+    if detector.first_look is None:
+        middle, spread = spread_of(measures)
+        scores = [score_candidates(measures, middle, spread) for measures in scores]
     lowest = _cut(np.concatenate(scores), max(AT_LEAST, int(detector.per_mm2 * area_mm2)))
     first = []
     for tile, (points_px, _), score in zip(tiles, found, scores, strict=True):
         patches = tile.patches(points_px[score >= lowest], detector, stain, device)
-        first.append(log_odds(detector.network, patches, batch_size).numpy())
+        odds = log_odds(detector.network, patches, batch_size).numpy()
+        first.append(odds if detector.first_look is None else odds + score[score >= lowest])
     odds = np.concatenate(first)
     return {
         "stain": None if stain is None else stain.tolist(),
@@ -159,7 +170,7 @@ def survey_slide(
         "middle": middle.tolist(),
         "spread": spread.tolist(),
         "lowest_score": lowest,
-        "second_look": _cut(expit(odds), max(AT_LEAST, round(SECOND_LOOK_PER_MM2 * area_mm2))),
+        "second_look": _cut(expit(odds), most_seen_again(detector, area_mm2)),
         "shift_of_odds": detector.calibration.shift_of(odds),
     }
 
@@ -174,32 +185,37 @@ class Looks:
     def __init__(self, network: CamNetwork, batch_size: int, views: int, second_look: float, smallest: float) -> None:
         self.network, self.batch_size, self.views = network, batch_size, views
         self.rounds = [([0], second_look), (range(1, views), smallest)] if views > 1 else [([0], smallest)]
-        self.waiting: list[list[tuple[np.ndarray, torch.Tensor, np.ndarray]]] = [[] for _ in self.rounds]
+        self.waiting: list[list[tuple[np.ndarray, torch.Tensor, np.ndarray, np.ndarray]]] = [[] for _ in self.rounds]
         self.found: list[list[float]] = []
 
-    def add(self, points_px: np.ndarray, patches: torch.Tensor) -> None:
-        """Take points (N, 2) and their patches (N, 3, S, S) uint8; score what fills batches."""
-        self.waiting[0].append((points_px, patches, np.zeros(len(points_px), np.float32)))
+    def add(self, points_px: np.ndarray, patches: torch.Tensor, added: np.ndarray) -> None:
+        """Take points (N, 2), their patches (N, 3, S, S) uint8 and what to add to their log odds (N,); score what fills
+        batches.
+        """
+        self.waiting[0].append((points_px, patches, added, np.zeros(len(points_px), np.float32)))
         self._score(0, everything=False)
 
     def _score(self, number: int, everything: bool) -> None:
         """Score what fills batches in a round, or everything; what is likely enough goes to the next round."""
-        waits = sum(len(points) for points, _, _ in self.waiting[number])
+        waits = sum(len(points) for points, *_ in self.waiting[number])
         ready = waits if everything else waits - waits % self.batch_size
         if not ready:
             return
-        points, patches, odds = zip(*self.waiting[number], strict=True)
-        points_px, patches, odds = np.concatenate(points), torch.cat(patches), np.concatenate(odds)
+        points, patches, added, odds = zip(*self.waiting[number], strict=True)
+        points_px, added, odds = (np.concatenate(each) for each in (points, added, odds))
+        patches = torch.cat(patches)
         # Copies free what was scored.
-        self.waiting[number] = [(points_px[ready:].copy(), patches[ready:].clone(), odds[ready:].copy())]
-        points_px, patches, odds = points_px[:ready], patches[:ready], odds[:ready]
+        rest = points_px[ready:].copy(), patches[ready:].clone(), added[ready:].copy(), odds[ready:].copy()
+        self.waiting[number] = [rest]
+        points_px, patches, added, odds = points_px[:ready], patches[:ready], added[:ready], odds[:ready]
         views, lowest = self.rounds[number]
-        seen = log_odds(self.network, patches, self.batch_size, views).numpy()
+        seen = log_odds(self.network, patches, self.batch_size, views).numpy() + added
         odds = over_all_views(odds, seen, self.views) if number else seen
         scores = expit(odds)
         stays = np.flatnonzero(scores >= lowest)
         if number + 1 < len(self.rounds):
-            self.waiting[number + 1].append((points_px[stays], patches[torch.from_numpy(stays)], odds[stays]))
+            later = points_px[stays], patches[torch.from_numpy(stays)], added[stays], odds[stays]
+            self.waiting[number + 1].append(later)
             self._score(number + 1, everything=False)
         else:
             self.found += np.column_stack([points_px[stays], scores[stays].astype(float)]).tolist()

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from dasc.data.patches import CPU, PatchCutter
-from dasc.detect.candidates import MARGIN_UM, WORKING_UM_PER_PX, measure_candidates
+from dasc.detect.candidates import MARGIN_UM, WORKING_UM_PER_PX, candidates_of, measure_candidates
 from dasc.images.slides import Slide
 from dasc.images.stain import apply_stain
 from dasc.images.tissue import Tissue
 from dasc.model.checkpoint import Detector
+from dasc.model.first_look import HALO, MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,24 @@ class Grid:
         return float(tissue.mask[top:bottom, left:right].sum()) / scale**2
 
 
-def make_grid(slide: Slide, um_per_px: float, model_um: float, patch_size: int) -> Grid:
+def make_grid(slide: Slide, um_per_px: float, model_um: float, patch_size: int, first_look: bool = False) -> Grid:
     """The grid of the coarsest level that is as fine as the network's resolution.
 
-    um_per_px: of the slide. model_um, patch_size: um/px and side in px of the network's patches.
+    um_per_px: of the slide. model_um, patch_size: um/px and side in px of the network's patches. first_look: whether
+    the detector has one, which sees farther than the search for candidates, and in steps.
     """
+    even, margin_um = 2, MARGIN_UM  # the search halves what it searches once more
+    if first_look:
+        even, margin_um = MULTIPLE, max(MARGIN_UM, HALO * WORKING_UM_PER_PX)
     level = slide.level_for(min(model_um, WORKING_UM_PER_PX) / um_per_px)
     downsample = slide.downsample(level)
     level_um = um_per_px * downsample
-    smallest = int(np.ceil(max(MARGIN_UM, patch_size * model_um) / level_um))
+    smallest = int(np.ceil(max(margin_um, patch_size * model_um) / level_um))
     steps = np.arange(smallest, 2 * smallest)
     model_px = np.round(steps * level_um / model_um)
     search_px = steps.astype(float)
     if level_um < WORKING_UM_PER_PX:
-        search_px = 2 * np.round(steps * level_um / WORKING_UM_PER_PX / 2)  # even: the search halves it once more
+        search_px = even * np.round(steps * level_um / WORKING_UM_PER_PX / even)
     model_ums, search_ums = model_px * model_um / steps, search_px * max(WORKING_UM_PER_PX, level_um) / steps
     off = np.maximum(np.abs(model_ums / level_um - 1), np.abs(search_ums / level_um - 1))
     best = int(np.argmin(off.round(3)))
@@ -102,13 +107,27 @@ class Tile:
         device: of the search, as `candidates.measure_candidates`.
         """
         points_px, measures = measure_candidates(self.image, self.grid.search_um, padding_density, device)
+        return self._own(points_px, measures, tissue)
+
+    def candidates_of(
+        self, detector: Detector, stain: np.ndarray | None, tissue: Tissue
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Its own candidates of the detector's first look on tissue: points (N, 2) in the level's px, log odds (N,).
+
+        stain: as `stain.apply_stain`.
+        """
+        points_px, odds = candidates_of(detector.first_look, self.image, self.grid.search_um, stain)
+        return self._own(points_px, odds, tissue)
+
+    def _own(self, points_px: np.ndarray, values: np.ndarray, tissue: Tissue) -> tuple[np.ndarray, np.ndarray]:
+        """Of points (N, 2) in the tile's px those on tissue in its own blocks, in the level's px, and their values."""
         points_px = points_px + self.corner_px
         own = (points_px[:, 0] <= self.grid.width - 0.5) & (points_px[:, 1] <= self.grid.height - 0.5)
         for axis, (first, last) in enumerate((self.columns, self.rows)):
             block = np.floor((points_px[:, axis] + 0.5) / self.grid.step)
             own &= (block >= first) & (block < last)
         own &= tissue.at(self.grid.in_slide(points_px))
-        return points_px[own], measures[own]
+        return points_px[own], values[own]
 
     def patches(
         self, points_px: np.ndarray, detector: Detector, stain: np.ndarray | None, device: torch.device = CPU

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dasc.errors import InputError
 from dasc.files import replacing, sha256
 from dasc.judge.calibration import UNCALIBRATED, Calibration
+from dasc.model.first_look import FirstLook
 from dasc.model.network import CLASSES, CamNetwork, fold_batch_norms
 
 SCAN_SETTINGS = ("per_mm2", "merge_um", "views")
@@ -53,6 +54,8 @@ class Detector:
     threshold: calibrated probability from which a detection is a mitosis.
     val_curve: columns threshold, precision, recall, f1 of the val fields; None where it has seen none.
     sha256: of the file that it was loaded from.
+    first_look: what ranks the candidates, ready for prediction, whose log odds are added to the network's; None: they
+    are ranked by `candidates.score_candidates`.
     """
 
     network: CamNetwork
@@ -67,6 +70,7 @@ class Detector:
     calibration: Calibration = UNCALIBRATED
     val_curve: dict[str, list] | None = None
     sha256: str = ""
+    first_look: FirstLook | None = None
 
 
 def load_detector(path: Path, device: torch.device) -> Detector:
@@ -79,14 +83,12 @@ def load_detector(path: Path, device: torch.device) -> Detector:
     config = checkpoint["config"]
     _check_config(path, config)
     network = CamNetwork(config["backbone"], config["stride"])
-    try:
-        network.load_state_dict(checkpoint["model"])
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: its weights do not fit its own config ({config['backbone']})") from error
-    if not all(torch.isfinite(tensor).all() for tensor in network.state_dict().values()):
-        raise InputError(f"{path}: its weights are not all finite numbers; train it again")  # it would find nothing
+    network = _with_weights(network, checkpoint["model"], path, device)
+    first_look = None
+    if "first_look" in checkpoint:
+        first_look = _with_weights(FirstLook(config["backbone"]), checkpoint["first_look"], path, device)
     return Detector(
-        network=fold_batch_norms(network.to(device, memory_format=torch.channels_last)),
+        network=network,
         patch_size=config["patch_size"],
         patch_um_per_px=config["um_per_px"],
         normalise_stain=config["normalise_stain"],
@@ -98,13 +100,31 @@ def load_detector(path: Path, device: torch.device) -> Detector:
         calibration=Calibration(config["temperature"], config["offset"], config["alignment"]),
         val_curve=config["val_curve"],
         sha256=sha256(path),
+        first_look=first_look,
     )
 
 
-def save_detector(path: Path, detector: Detector, weights: dict[str, Tensor], **sources: str | None) -> None:
-    """Write a detector: {"model": weights, "config": ...}; the same content gives the same bytes.
+def _with_weights(network: nn.Module, weights: Any, path: Path, device: torch.device) -> nn.Module:
+    """The network with the weights of a checkpoint, on the device, ready for prediction."""
+    try:
+        network.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: its weights do not fit its own config ({network.backbone_name})") from error
+    if not all(torch.isfinite(tensor).all() for tensor in network.state_dict().values()):
+        raise InputError(f"{path}: its weights are not all finite numbers; train it again")  # it would find nothing
+    return fold_batch_norms(network.to(device, memory_format=torch.channels_last))
 
-    weights: state dict of its network before the batch norms were folded.
+
+def save_detector(
+    path: Path,
+    detector: Detector,
+    weights: dict[str, Tensor],
+    first_look: dict[str, Tensor] | None = None,
+    **sources: str | None,
+) -> None:
+    """Write a detector: {"model": weights, "config": ...} and its first look; the same content gives the same bytes.
+
+    weights, first_look: state dicts of its networks before the batch norms were folded.
     sources: SHA-256 of what else it was made from, by name; those that are None are left out.
     """
     calibration = detector.calibration
@@ -127,7 +147,13 @@ def save_detector(path: Path, detector: Detector, weights: dict[str, Tensor], **
         "manifest_sha256": detector.manifest_sha256,
     }
     values |= {name: source for name, source in sources.items() if source is not None}
-    save_checkpoint(path, _interned({"model": weights, "config": values}))
+    content = {"model": weights, "config": values} | ({} if first_look is None else {"first_look": first_look})
+    save_checkpoint(path, _interned(content))
+
+
+def sources_of(config: dict[str, Any]) -> dict[str, str]:
+    """The hashes of a config that its detector does not hold: of what else it was made from, by name."""
+    return {name: value for name, value in config.items() if name.endswith("_sha256") and name != "manifest_sha256"}
 
 
 def _interned(value: Any) -> Any:
@@ -222,7 +248,7 @@ def _is_curve(value: Any) -> bool:
     )
 
 
-def load_initial_weights(network: CamNetwork, path: Path) -> dict[str, Tensor] | None:
+def load_initial_weights(network: CamNetwork | FirstLook, path: Path) -> dict[str, Tensor] | None:
     """Start the backbone from weights on disk: a model of stage 2 or 8, or a timm state dict, whole or cut.
 
     Of a model the head stays out: only what the backbone has learned carries over to another training.

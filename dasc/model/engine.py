@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dasc.errors import InputError
+from dasc.model.first_look import FirstLook
 from dasc.model.inference import device_of
 from dasc.model.network import CamNetwork
 
 PAYS_PX = 5_000_000  # px of images per core from which `auto` takes OpenVINO: 0.3 mm2 at 0.25 um/px, some 1500 looks of
 # predict.py. What is saved makes up for the start (1.3 s on one core) from 600 looks per core on, 1200 at 64 px.
 INSTALL = "pip install --no-deps openvino"  # without its telemetry; NumPy, its other need, is here
+FIRST_LOOK_PX = 256  # side of the picture that OpenVINO and torch are compared with
 CLOSE = 1e-4  # p(mitosis) of the engines differs by less
 SETTINGS = {  # of OpenVINO's plugin
     "INFERENCE_PRECISION_HINT": "f32",  # by default bfloat16 or float16 where the CPU has it: p would differ by 0.02
@@ -35,20 +37,25 @@ class PatchEngine:
     """Decides which engine scores the patches of a run.
 
     network: as it scores with torch. asked: auto, torch or openvino. patch_size: px. images: that are to be scanned.
-    Attributes: used: the engines so far, in their order: torch, or openvino with its version.
+    first_look: of the detector, or None.
+    Attributes: used: the engines so far, in their order: torch, or openvino with its version. first_look: as the engine
+    of the last image runs it.
     Raises: InputError: OpenVINO is asked for on another device than the CPU, where it is not installed, or for a
     network that it cannot run.
     """
 
-    def __init__(self, network: CamNetwork, asked: str, patch_size: int, images: int) -> None:
+    def __init__(
+        self, network: CamNetwork, asked: str, patch_size: int, images: int, first_look: FirstLook | None = None
+    ) -> None:
         self.network, self.patch_size, self.images, self.used = network, patch_size, images, []
+        self.first_look = first_look
         device, installed = device_of(network).type, is_installed()
         if asked == "openvino":
             if device != "cpu":
                 raise InputError(f"--engine openvino: runs on the CPU, not on {device}; add --device cpu")
             if not installed:
                 raise InputError(f"--engine openvino: not installed; {INSTALL}, or leave out --engine")
-            self.network = OpenVino(network, patch_size)
+            self._take_openvino()
         self.may_change = asked == "auto" and device == "cpu" and installed
 
     def network_for(self, px: int) -> nn.Module:
@@ -59,7 +66,7 @@ class PatchEngine:
         if self.may_change and px * self.images >= PAYS_PX * torch.get_num_threads():
             self.may_change = False
             try:
-                self.network = OpenVino(self.network, self.patch_size)
+                self._take_openvino()
             except InputError as error:
                 tqdm.write(f"OpenVINO is not taken: {error}", file=sys.stderr)
         name = self.network.name if isinstance(self.network, OpenVino) else "torch"
@@ -69,6 +76,11 @@ class PatchEngine:
         self.images = max(self.images - 1, min(self.images, 1))
         return self.network
 
+    def _take_openvino(self) -> None:
+        network = OpenVino(self.network, self.patch_size)
+        first_look = self.first_look and OpenVino(self.first_look, FIRST_LOOK_PX, any_size=True)
+        self.network, self.first_look = network, first_look
+
 
 def is_installed() -> bool:
     """Whether OpenVINO is; it is not imported."""
@@ -76,47 +88,53 @@ def is_installed() -> bool:
 
 
 class OpenVino(nn.Module):
-    """A network on the CPU whose logits OpenVINO computes: patches (B, 3, S, S), float in 0..1, to (B, classes).
+    """A network on the CPU that OpenVINO computes: pictures (B, 3, S, S), float in 0..1, to what the network gives.
 
     Several threads may call it at once, each call works on one core.
 
-    patch_size: S, px. Attributes: name: openvino with its version.
+    side: S, px. any_size: pictures may have other sides, too. Attributes: name: openvino with its version.
     Raises: InputError: a network that OpenVINO cannot run, or to other log odds than torch.
     """
 
-    def __init__(self, network: CamNetwork, patch_size: int) -> None:
+    def __init__(self, network: CamNetwork | FirstLook, side: int, any_size: bool = False) -> None:
         super().__init__()
         self.network = network
-        patches = torch.rand(2, 3, patch_size, patch_size, generator=torch.Generator().manual_seed(0))
+        pictures = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
         try:
-            self.name, self._compiled = _compile(network, patches)
+            self.name, self._compiled = _compile(network, pictures, any_size)
             self._free: deque = deque()  # requests that no thread works with
             with torch.inference_mode():
-                ours, theirs = self(patches), network(patches)
+                ours, theirs = (_log_odds(each(pictures)) for each in (self, network))
         except Exception as error:  # its frontends raise anything
             reason = str(error).strip().splitlines()[0][:80] if str(error).strip() else type(error).__name__
             raise InputError(f"--engine openvino: cannot run {network.backbone_name} ({reason}); take torch") from error
         # A difference of log odds is a quarter of it in p at most.
-        if not np.allclose(ours.diff(), theirs.diff(), rtol=1e-5, atol=4 * CLOSE):
+        if not np.allclose(ours, theirs, rtol=1e-5, atol=4 * CLOSE):
             raise InputError(f"--engine openvino: gives other log odds of {network.backbone_name}; take torch")
 
-    def forward(self, patches: Tensor) -> Tensor:
+    def forward(self, pictures: Tensor) -> Tensor:
         try:
             request = self._free.pop()
         except IndexError:
             request = self._compiled.create_infer_request()
-        logits = request.infer([patches.contiguous().numpy()], share_inputs=True)[0]  # a copy: the request goes on
+        given = request.infer([pictures.contiguous().numpy()], share_inputs=True)[0]  # a copy: the request goes on
         self._free.append(request)
-        return torch.from_numpy(logits)
+        return torch.from_numpy(given)
 
 
-def _compile(network: CamNetwork, patches: Tensor) -> tuple[str, Any]:
-    """Name and version of OpenVINO, and the network as it runs it: on batches of any size of patches like these."""
+def _log_odds(given: Tensor) -> Tensor:
+    """Log odds, of the logits (B, classes) of a network or of the map (B, h, w) of a first look."""
+    return given.diff() if given.dim() == 2 else given
+
+
+def _compile(network: CamNetwork | FirstLook, pictures: Tensor, any_size: bool) -> tuple[str, Any]:
+    """Name and version of OpenVINO, and the network as it runs it: on any number of pictures, of these sides or any."""
+    shape = [-1, 3, -1, -1] if any_size else [-1, *pictures.shape[1:]]
     sys.modules["openvino_telemetry"] = None  # importing it fails, and OpenVINO takes its own stub, which sends nothing
     import openvino  # here: it takes 0.5 s, and many runs do without
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch.jit.trace, which OpenVINO converts with
-        model = openvino.convert_model(network, example_input=patches, input=[-1, *patches.shape[1:]])
+        model = openvino.convert_model(network, example_input=pictures, input=shape)
     version = openvino.__version__.partition("-")[0]
     return f"openvino {version}", openvino.Core().compile_model(model, "CPU", SETTINGS)

@@ -42,7 +42,7 @@ def log_odds(network: CamNetwork, patches: Patches, batch_size: int, views: Sequ
     if device.type == "cpu":
         cores, at_once, batch_size = torch.get_num_threads(), len(patches), min(batch_size, CPU_BATCH)
     scores, start = [torch.empty(0, device=device)], 0
-    with _on_cores(cores) as each:
+    with on_cores(cores) as each:
         while start < len(patches):
             starts = range(start, min(start + batch_size * at_once, len(patches)), batch_size)
             try:  # mapped patches are read when it is their turn
@@ -64,7 +64,7 @@ def device_of(network: torch.nn.Module) -> torch.device:
 
 
 @contextlib.contextmanager
-def _on_cores(cores: int) -> Iterator[Callable]:
+def on_cores(cores: int) -> Iterator[Callable]:
     """A `map` whose jobs run side by side, one per core: two cores are nearly twice as fast as both in one job."""
     if cores == 1:
         yield lambda work, jobs: list(map(work, jobs))
@@ -93,7 +93,7 @@ def embed_patches(network: CamNetwork, patches: Patches, batch_size: int) -> tup
     cores = 1
     if device_of(network).type == "cpu":
         cores, batch_size = torch.get_num_threads(), min(batch_size, CPU_BATCH)
-    with _on_cores(cores) as each:
+    with on_cores(cores) as each:
         starts = range(0, len(patches), batch_size)  # as in log_odds
         parts = each(lambda at: _embed_batch(network, patches[at : at + batch_size]), starts)
     features, scores = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))

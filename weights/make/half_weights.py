@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from dasc.judge.calibration import Calibration
-from dasc.model.checkpoint import Detector, load_detector, read_checkpoint, save_detector
+from dasc.model.checkpoint import Detector, load_detector, read_checkpoint, save_detector, sources_of
 
 
 def with_operating_point(detector: Detector, path: Path) -> Detector:
@@ -24,11 +24,6 @@ def with_operating_point(detector: Detector, path: Path) -> Detector:
     point = json.loads(path.read_text(encoding="utf-8"))
     calibration = Calibration(point["temperature"], point["offset"], point["alignment"])
     return replace(detector, calibration=calibration, threshold=point["threshold"], val_curve=point["val_curve"])
-
-
-def sources_of(config: dict) -> dict[str, str]:
-    """The hashes of a config that its detector does not hold."""
-    return {name: value for name, value in config.items() if name.endswith("_sha256") and name != "manifest_sha256"}
 
 
 if __name__ == "__main__":
