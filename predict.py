@@ -154,6 +154,8 @@ def as_asked(detector: Detector, path: Path, args) -> Detector:
     asked = {name: value for name, value in asked.items() if value and value != getattr(detector, name)}
     for name, value in asked.items():
         print(f"--{name} {value:g}: the threshold of {path} was chosen with {getattr(detector, name):g}")
+    if detector.first_look is None:
+        print(f"{path} has no first look: candidates are ranked by stain and contrast; NS/first_look.py trains one")
     calibration = detector.calibration
     if not args.score_alignment and calibration.alignment is not None:
         print(f"--score_alignment False: the threshold of {path} was chosen with aligned scores")

@@ -36,7 +36,7 @@ def resnet():
 def broken(monkeypatch):
     """OpenVINO seems to be there, and cannot run the network."""
 
-    def compile_none(network, patches):
+    def compile_none(*given):
         raise RuntimeError("No conversion rule for an operation\nand more of it")
 
     monkeypatch.setattr(engine, "is_installed", lambda: True)
@@ -77,7 +77,7 @@ def test_both_engines_give_the_same_probabilities(backbone, resnet):
 def test_other_log_odds_are_refused(resnet, monkeypatch):
     torch.manual_seed(1)
     other, compile_it = fold_batch_norms(CamNetwork("resnet10t")), engine._compile
-    monkeypatch.setattr(engine, "_compile", lambda network, patches: compile_it(other, patches))
+    monkeypatch.setattr(engine, "_compile", lambda network, *given: compile_it(other, *given))
     with pytest.raises(InputError, match="other log odds"):
         OpenVino(resnet, 64)
 

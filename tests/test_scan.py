@@ -205,7 +205,8 @@ def test_batches_fill_across_tiles():
     points = np.arange(200.0).reshape(100, 2)
     looks = Looks(Counting(), 16, 1, 0.0, 0.0)
     for start in range(0, 100, 7):
-        looks.add(points[start : start + 7], patches[start : start + 7])
+        part = slice(start, start + 7)
+        looks.add(points[part], patches[part], np.zeros(len(points[part]), np.float32))
     assert set(sizes) == {16}
     found = looks.flush()
     assert sizes[-1] == 4 and sum(sizes) == 100 and np.array(found)[:, :2].tolist() == points.tolist()

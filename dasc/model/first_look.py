@@ -30,7 +30,7 @@ class FirstLook(nn.Module):
     """Fields (B, 3, H, W), float in 0..1, RGB, to log odds of a centre (B, H / 4, W / 4); H, W multiples of MULTIPLE.
 
     backbone: name of a timm model with feature maps at STRIDES; its weights are random.
-    Raises: InputError: a backbone without these.
+    Raises: InputError: a backbone without these, or one that sees farther than HALO, as squeeze-and-excitation does.
     """
 
     def __init__(self, backbone: str) -> None:
@@ -54,6 +54,20 @@ class FirstLook(nn.Module):
         nn.init.constant_(last.bias, float(np.log(RARE / (1 - RARE))))
         first = nn.Conv2d(WIDTH, WIDTH, kernel_size=3, padding=1, bias=False)
         self.head = nn.Sequential(first, nn.BatchNorm2d(WIDTH), nn.ReLU(), last)
+        self._check_halo()
+
+    @torch.enable_grad()
+    def _check_halo(self) -> None:
+        """Raise InputError where a cell depends on what lies farther away than HALO: windows would differ at seams."""
+        field = torch.rand(1, 3, MULTIPLE, HALO + 4 * MULTIPLE, requires_grad=True)
+        training = self.training
+        (seen,) = torch.autograd.grad(self.eval()(field)[..., 0].sum(), field)
+        self.train(training)
+        if seen[..., HALO + STRIDE :].any():
+            raise InputError(
+                f"backbone {self.backbone_name}: sees farther than {HALO} px, as squeeze-and-excitation does; a first "
+                "look needs one without, such as tf_efficientnet_lite0 or resnet18"
+            )
 
     def forward(self, fields: Tensor) -> Tensor:
         features = self.backbone((fields - self.mean) / self.std)
