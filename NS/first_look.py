@@ -1,6 +1,6 @@
-"""Optional, after stage 2 or 8: train a first look and give it to the detector.
+"""Optional, after stage 2 or 8: give the detector a first look, which is trained here or taken from another model.
 
-The first look goes over a whole field once and says where mitoses may be. The detector then looks at a tenth of the
+The first look goes over a whole field once and says where mitoses may be. The detector then looks at a sixth of the
 candidates, and adds the log odds of both. Without one, candidates are ranked by measures of stain and contrast.
 Reads fields.csv and annotations.csv of stage 1, the dataset's fields, and the model.pt, from whose backbone it starts.
 Writes OUT/model.pt (the detector with its first look, its threshold chosen anew on validation), log.csv, curves.png,
@@ -17,6 +17,7 @@ from dasc.flags import Amount, Count, Device, Positive, Share, read_flags
 # Edit here, or override one run with the flag of the same name.
 MANIFEST = "data/patches/patches.csv"  # of stage 1 or 3: the fields that it was cut from are learned from
 MODEL_PATH = "results/NS/model.pt"  # the detector that gets a first look
+FIRST_LOOK = ""  # model.pt whose first look is taken; empty: one is trained
 OUT = "results/first_look"  # folder to write
 DATA_ROOT = ""  # dataset folder with the fields; empty: where it lay at stage 1
 EPOCHS: Count = 15  # of STEPS steps
@@ -56,6 +57,7 @@ from dasc.images.stain import apply_stain, estimate_stain, tissue_density
 from dasc.model import loop
 from dasc.model.augment import jitter_focus, jitter_light, jitter_stain, to_float
 from dasc.model.checkpoint import (
+    Detector,
     load_detector,
     load_initial_weights,
     read_checkpoint,
@@ -66,7 +68,7 @@ from dasc.model.checkpoint import (
 from dasc.model.first_look import FirstLook, focal_loss
 from dasc.model.look_tiles import LookField, LookTiles
 from dasc.model.network import fold_batch_norms
-from dasc.report.plots import detector_curves, reliability
+from dasc.report.plots import curves, precision_recall, reliability
 from dasc.run import pick_device, record_run, run_script
 
 VAL_TILES = 96  # tiles of the validation fields, the same in every epoch, that log.csv's val_loss is of
@@ -78,49 +80,58 @@ def main(args) -> int:
     root, fields, annotations = read_cut_fields(manifest.parent, args.data_root)
     val = read_val_fields(manifest.parent, args.data_root)
     detector = load_detector(model_path, device)
-    tiles = {}
-    for split in ("train", "val"):
-        chosen = fields[fields["split"] == split]
-        if not (annotations["image"].isin(chosen["image"]) & (annotations["label"] == 1)).any():
-            raise InputError(f"{manifest.parent / 'annotations.csv'}: no mitosis in the {split} fields")
-        tiles[split] = LookTiles(read_fields(root, chosen, annotations, detector.normalise_stain, args.workers))
+    if args.first_look:
+        first_look = load_detector(Path(args.first_look), device).first_look
+        if first_look is None:
+            raise InputError(f"{args.first_look}: has no first look")
+        look_weights = read_checkpoint(Path(args.first_look))["first_look"]["model"]
+    else:
+        tiles = {
+            split: LookTiles(read_fields(root, fields[fields["split"] == split], annotations, detector, args))
+            for split in ("train", "val")
+        }
+        torch.manual_seed(args.seed)
+        network = FirstLook(detector.network.backbone_name)
+        load_initial_weights(network, model_path)
+        network.to(device, memory_format=torch.channels_last)
+        ema, log = train(network, tiles, training_settings(args, manifest=manifest, model_path=model_path), args)
+        first_look, look_weights = fold_batch_norms(ema), ema.state_dict()
+        curves(out / "curves.png", pd.DataFrame(log), {"focal loss": ["loss", "val_loss"]})
 
-    settings = training_settings(args, manifest=manifest, model_path=model_path)
-    torch.manual_seed(args.seed)
-    network = FirstLook(detector.network.backbone_name)
-    load_initial_weights(network, model_path)
-    ema, log = train(network.to(device, memory_format=torch.channels_last), tiles, settings, args)
-
-    detector = replace(detector, first_look=fold_batch_norms(ema), per_mm2=args.per_mm2)
+    detector = replace(detector, first_look=first_look, per_mm2=args.per_mm2)
     detector, curve, *judged = fit_to_val(detector, val, batch_size=1024, match_um=detector.merge_um)
     checkpoint = read_checkpoint(model_path)
-    save_detector(out / "model.pt", detector, checkpoint["model"], ema.state_dict(), **sources_of(checkpoint["config"]))
+    save_detector(out / "model.pt", detector, checkpoint["model"], look_weights, **sources_of(checkpoint["config"]))
     write_csv(out / "val_curve.csv", curve.round(6))
     reliability(out / "reliability.png", *judged, detector.calibration)
-    detector_curves(out, pd.DataFrame(log), {"focal loss": ["loss", "val_loss"]}, curve, detector.threshold)
+    precision_recall(out / "val_curve.png", curve, detector.threshold)
     f1 = curve["f1"].max() if len(curve) else 0.0
     print(f"validation F1 {f1:.3f} at best; threshold {detector.threshold:.3f}; wrote {out / 'model.pt'}")
-    inputs = {manifest: len(fields), model_path: 1}
+    inputs = {manifest: len(fields), model_path: 1} | ({args.first_look: 1} if args.first_look else {})
     record_run(out, args, inputs=inputs, device=device, threshold=detector.threshold)
     return 0
 
 
 def read_fields(
-    root: Path, fields: pd.DataFrame, annotations: pd.DataFrame, normalise: bool, workers: int
+    root: Path, fields: pd.DataFrame, annotations: pd.DataFrame, detector: Detector, args
 ) -> list[LookField]:
-    """The fields as a first look sees them, with their annotations."""
+    """The fields of a split as the detector's first look sees them, with their annotations."""
+    annotations = annotations[annotations["image"].isin(fields["image"])]
+    if not (annotations["label"] == 1).any():
+        where = Path(args.manifest).parent / "annotations.csv"
+        raise InputError(f"{where}: no mitosis in the {' and '.join(fields['split'].unique()) or 'absent'} fields")
     points = dict(tuple(annotations.groupby("image")))
 
     def read(field) -> LookField:
         image = read_field(root / field.path)
         small = at_working_resolution(image, field.um_per_px)
-        shown = apply_stain(small, estimate_stain(tissue_density(image)) if normalise else None)
+        shown = apply_stain(small, estimate_stain(tissue_density(image)) if detector.normalise_stain else None)
         of_field = points.get(field.image, annotations[:0])
         scale = np.array(small.shape[1::-1]) / image.shape[1::-1]
         places = (of_field[["x_px", "y_px"]].to_numpy(float) + 0.5) * scale - 0.5
         return LookField(shown, *(places[(of_field["label"] == label).to_numpy()] for label in (1, 0, UNSURE)))
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(args.workers) as pool:
         return list(tqdm(pool.map(read, fields.itertuples()), "fields", total=len(fields), unit="field"))
 
 

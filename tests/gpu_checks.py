@@ -17,8 +17,8 @@ from pipeline import ROOT, fails, succeed
 from scipy.spatial import cKDTree
 
 from dasc.data.patches import PatchCutter
-from dasc.detect.candidates import find_candidates
-from dasc.detect.field import off_the_edge, scan_field
+from dasc.detect.candidates import candidates_of, find_candidates, most_in
+from dasc.detect.field import LOOK_PER_MM2, off_the_edge, scan_field
 from dasc.errors import InputError
 from dasc.images.stain import normalise_stain
 from dasc.judge.metrics import RADIUS_UM
@@ -40,6 +40,7 @@ VIEWS_DIFFER = 1e-3  # most that augmented pixels (0..1), and points in px, may 
 # of their spread, and 99 % of the probabilities by at most 0.04 and 0.08 (docs/log.md); a GPU is allowed twice that.
 ODDS_DIFFER = 0.3
 PROBABILITIES_DIFFER = 0.2
+CELL_UM, SAME_IN_BFLOAT16 = 2.0, 0.9  # peaks of a first look this near are the same; share that both devices keep
 STRONG, WEAK = 0.1, 0.02  # what one device finds with at least STRONG the other finds with at least WEAK
 
 
@@ -69,6 +70,22 @@ def check_search(case: Case) -> dict:
     differ = float(np.abs(score_here - score_there[nearest])[place * case.um_per_px <= NEAR_UM].max())
     assert len(here) > 20 and same >= SAME_CANDIDATES and differ <= SCORES_DIFFER, (len(here), same, differ)
     return {"candidates": len(here), "kept by both": same, "largest difference of a score": differ}
+
+
+def check_first_look(case: Case) -> dict:
+    """The first look of the shipped weights gives nearly the same candidates on the device, in bfloat16 on a GPU."""
+    found = {}
+    for device in (CPU, case.device):
+        first_look = load_detector(WEIGHTS, device).first_look
+        points_px, odds = candidates_of(first_look, case.image, case.um_per_px, None)
+        most = most_in(case.image, case.um_per_px, LOOK_PER_MM2)
+        found[device] = points_px[:most], odds[:most]
+    (here, odds_here), (there, odds_there) = found[CPU], found[case.device]
+    same = shared_by(here, there, CELL_UM / case.um_per_px)
+    place, nearest = cKDTree(there).query(here)
+    differ = float(np.abs(odds_here - odds_there[nearest])[place * case.um_per_px <= CELL_UM].mean())
+    assert len(here) >= 8 and same >= SAME_IN_BFLOAT16 and differ <= ODDS_DIFFER, (len(here), same, differ)
+    return {"candidates": len(here), "kept by both": same, "mean difference of log odds": differ}
 
 
 def patches_of(case: Case, device: torch.device) -> torch.Tensor:
@@ -213,6 +230,7 @@ def check_memory_full(case: Case) -> dict:
 
 CHECKS = {
     "search": check_search,
+    "first look": check_first_look,
     "cutting": check_cutting,
     "views": check_views,
     "bfloat16": check_bfloat16,

@@ -43,9 +43,10 @@ def test_readme_is_short_and_names_no_commit():
     assert not [word for word in re.findall(r"`([0-9a-f]{7,40})`", README) if re.search(r"\d", word)]
 
 
-def test_readme_commands_name_scripts_and_flags_that_exist():
-    for section in ("predict", "train", "stages", "weak"):
-        commands = marked_commands(section)
+def test_commands_name_scripts_and_flags_that_exist():
+    predict = ROOT / "docs/predict.md"
+    for section, *path in (["predict"], ["train"], ["stages"], ["weak"], ["first look", predict]):
+        commands = marked_commands(section, *path)
         assert commands
         for command in commands:
             script, *words = command.split("#")[0].split()

@@ -237,13 +237,13 @@ def test_broken_first_looks_are_named(tmp_path, fault):
     detector_with_look(tmp_path / "model.pt")
     content = read_checkpoint(tmp_path / "model.pt")
     if fault == "missing":
-        del content["first_look"]["head.0.weight"]
+        del content["first_look"]["model"]["head.0.weight"]
     elif fault == "not finite":
-        content["first_look"]["head.0.weight"][0] = torch.nan
+        content["first_look"]["model"]["head.0.weight"][0] = torch.nan
     else:
         content["first_look"] = 3
     save_checkpoint(tmp_path / "model.pt", content)
-    with pytest.raises(InputError, match=r"not all finite|do not fit"):
+    with pytest.raises(InputError, match=r"not all finite|do not fit|names no backbone"):
         load_detector(tmp_path / "model.pt", CPU)
 
 
@@ -304,6 +304,21 @@ def test_an_interrupted_training_goes_on(small_run, resnet, first_look_run, tmp_
     succeed("NS/first_look.py", *flags(small_run, resnet, out), "--resume")
     assert (out / "model.pt").read_bytes() == whole
     fails("NS/first_look.py", *flags(small_run, resnet, out), "--resume", "--lr", 0.5, says="--lr")
+
+
+def test_another_detector_takes_a_first_look(small_run, first_look_run, tmp_path):
+    """Whatever its own backbone is."""
+    taken = ["--first_look", first_look_run / "model.pt", "--model_path", small_run / "NS/model.pt", "--device", "cpu"]
+    manifest = ["--manifest", small_run / "patches/patches.csv"]
+    succeed("NS/first_look.py", *manifest, *taken, "--out", tmp_path / "out")
+    one, other = (read_checkpoint(folder / "model.pt") for folder in (tmp_path / "out", first_look_run))
+    assert other["first_look"]["backbone"] == "resnet10t" != one["config"]["backbone"]
+    assert all(
+        torch.equal(each, one["first_look"]["model"][name]) for name, each in other["first_look"]["model"].items()
+    )
+    assert load_detector(tmp_path / "out/model.pt", CPU).first_look.backbone_name == "resnet10t"
+    taken[1] = small_run / "NS/model.pt"
+    fails("NS/first_look.py", *manifest, *taken, "--out", tmp_path / "out", says="has no first look")
 
 
 def test_the_script_says_what_is_wrong(small_run, resnet, tmp_path):

@@ -85,8 +85,10 @@ def load_detector(path: Path, device: torch.device) -> Detector:
     network = CamNetwork(config["backbone"], config["stride"])
     network = _with_weights(network, checkpoint["model"], path, device)
     first_look = None
-    if "first_look" in checkpoint:
-        first_look = _with_weights(FirstLook(config["backbone"]), checkpoint["first_look"], path, device)
+    if (stored := checkpoint.get("first_look")) is not None:
+        if not isinstance(stored, dict) or not isinstance(stored.get("backbone"), str):
+            raise InputError(f"{path}: its first look names no backbone; train it again")
+        first_look = _with_weights(FirstLook(stored["backbone"]), stored.get("model"), path, device)
     return Detector(
         network=network,
         patch_size=config["patch_size"],
@@ -122,7 +124,9 @@ def save_detector(
     first_look: dict[str, Tensor] | None = None,
     **sources: str | None,
 ) -> None:
-    """Write a detector: {"model": weights, "config": ...} and its first look; the same content gives the same bytes.
+    """Write a detector; the same content gives the same bytes.
+
+    It is {"model": weights, "config": ...}, with a first look also "first_look": {"backbone": ..., "model": weights}.
 
     weights, first_look: state dicts of its networks before the batch norms were folded.
     sources: SHA-256 of what else it was made from, by name; those that are None are left out.
@@ -147,7 +151,9 @@ def save_detector(
         "manifest_sha256": detector.manifest_sha256,
     }
     values |= {name: source for name, source in sources.items() if source is not None}
-    content = {"model": weights, "config": values} | ({} if first_look is None else {"first_look": first_look})
+    content = {"model": weights, "config": values}
+    if first_look is not None:
+        content["first_look"] = {"backbone": detector.first_look.backbone_name, "model": first_look}
     save_checkpoint(path, _interned(content))
 
 

@@ -80,8 +80,9 @@ SHARES = (0.0, 0.5, 1.0)  # how much of the score alignment is done
 
 def train(name: str, out: Path, args: argparse.Namespace) -> Path:
     """The model that has not seen a laboratory, trained by the scripts in the folder `out`."""
-    if (out / "model/model.pt").exists():
-        return out / "model/model.pt"
+    last = out / ("first_look" if args.first_look else "model") / "model.pt"
+    if last.exists():
+        return last
     lab, start = LABS[name], ["--init_weights", args.start]
     combine = ["--data", args.data, "--sets", lab.other, "brecahad", "mitotic_figures", "--val", lab.val]
     rest = ",".join(case for case in lab.chosen_by if case not in lab.val)
@@ -93,7 +94,10 @@ def train(name: str, out: Path, args: argparse.Namespace) -> Path:
     run(out / "patches", "pre/cut_patch_2.py", *cut, "--out", out / "patches")
     flags = [*TRAIN, *start, "--manifest", out / "patches/patches.csv", "--seed", args.seed, *args.train_flags.split()]
     run(out / "model/model.pt", "NS/sigle.py", *flags, "--out", out / "model")
-    return out / "model/model.pt"
+    if args.first_look:
+        flags = ["--manifest", out / "patches/patches.csv", "--model_path", out / "model/model.pt", "--seed", args.seed]
+        run(last, "NS/first_look.py", *flags, "--out", last.parent)
+    return last
 
 
 class Scan(NamedTuple):
@@ -281,6 +285,7 @@ if __name__ == "__main__":
     parser.add_argument("--by", nargs="+", choices=("other", "both"), default=["other", "both"], help="what chooses")
     parser.add_argument("--cut_flags", default="", help="more flags of pre/cut_patch_2.py, in one string")
     parser.add_argument("--train_flags", default="", help="more flags of NS/sigle.py, in one string")
+    parser.add_argument("--first_look", action="store_true", help="train a first look for both, too")
     parser.add_argument("--share", type=float, choices=SHARES, default=1.0, help="alignment of operating_point.json")
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     args = parser.parse_args()
