@@ -64,14 +64,16 @@ def make_grid(slide: Slide, um_per_px: float, model_um: float, patch_size: int, 
     um_per_px: of the slide. model_um, patch_size: um/px and side in px of the network's patches. first_look: whether
     the detector has one, which sees farther than the search for candidates, and in steps.
     """
-    even, margin_um = 2, MARGIN_UM  # the search halves what it searches once more
-    if first_look:
-        even, margin_um = MULTIPLE, max(MARGIN_UM, HALO * WORKING_UM_PER_PX)
     level = slide.level_for(min(model_um, WORKING_UM_PER_PX) / um_per_px)
     downsample = slide.downsample(level)
     level_um = um_per_px * downsample
+    even, margin_um = 2, MARGIN_UM  # the search halves what it searches once more
+    if first_look:
+        even, margin_um = MULTIPLE, max(MARGIN_UM, HALO * max(WORKING_UM_PER_PX, level_um))
     smallest = int(np.ceil(max(margin_um, patch_size * model_um) / level_um))
     steps = np.arange(smallest, 2 * smallest)
+    if first_look and level_um >= WORKING_UM_PER_PX:
+        steps = steps[steps % even == 0]
     model_px = np.round(steps * level_um / model_um)
     search_px = steps.astype(float)
     if level_um < WORKING_UM_PER_PX:

@@ -285,14 +285,17 @@ if __name__ == "__main__":
     parser.add_argument("--by", nargs="+", choices=("other", "both"), default=["other", "both"], help="what chooses")
     parser.add_argument("--cut_flags", default="", help="more flags of pre/cut_patch_2.py, in one string")
     parser.add_argument("--train_flags", default="", help="more flags of NS/sigle.py, in one string")
-    parser.add_argument("--first_look", action="store_true", help="train a first look for both, too")
+    parser.add_argument("--first_look", action="store_true", help="train first looks, too")
     parser.add_argument("--share", type=float, choices=SHARES, default=1.0, help="alignment of operating_point.json")
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     args = parser.parse_args()
     if args.by == ["both"] and len(args.labs) < len(LABS):
         parser.error("--by both: needs both laboratories")
     judged, scans = results(args.out, args)
-    base = results(args.against, args)[0] if args.against else {}
+    base = {}
+    if args.against:  # with first looks if it has some
+        has_look = (args.against / args.labs[0] / "first_look").exists()
+        base = results(args.against, argparse.Namespace(**vars(args) | {"first_look": has_look}))[0]
     rows = []
     for key, one in judged.items():
         reference = base.get(key) or next(first for (lab, *_), first in judged.items() if lab == key[0])

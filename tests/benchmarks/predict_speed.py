@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from dasc.detect.candidates import find_candidates
 from dasc.detect.field import scan_field, search_device
 from dasc.images.read import read_field
-from dasc.model.checkpoint import Detector
+from dasc.model.checkpoint import Detector, load_detector
 from dasc.model.engine import PatchEngine
 from dasc.model.network import CamNetwork, fold_batch_norms
 from dasc.run import pick_device
@@ -48,6 +48,14 @@ def mosaic(field: str, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
             images = [read_field(path) for path in sorted(Path(folder, "images").glob("*"))[:6]]
     wide = np.concatenate(images, axis=1)
     return np.tile(wide, (-(-height // wide.shape[0]), -(-width // wide.shape[1]), 1))[:height, :width].copy()
+
+
+def detector_of(name: str, per_mm2: float, device: torch.device) -> Detector:
+    """A model.pt as it is, or of random weights: backbone:patch size:stride."""
+    if name.endswith(".pt"):
+        return load_detector(Path(name), device)
+    backbone, size, stride = name.split(":")
+    return random_detector(backbone, int(size), int(stride), per_mm2, device)
 
 
 def random_detector(backbone: str, size: int, stride: int, per_mm2: float, device: torch.device) -> Detector:
@@ -78,7 +86,7 @@ if __name__ == "__main__":
         "--networks",
         nargs="+",
         default=NETWORKS,
-        help="backbone:patch size:stride; the first is also timed on every candidate, with torch",
+        help="backbone:patch size:stride, or a model.pt; the first is also timed on every candidate, with torch",
     )
     parser.add_argument(
         "--engines", nargs="+", default=["torch"], choices=["torch", "openvino"], help="that score our patches"
@@ -101,18 +109,19 @@ if __name__ == "__main__":
     wall, cpu, (points, _) = timed(lambda: find_candidates(image, args.um_per_px, None, search_device(device)))
     say("finding and ranking the candidates", wall, cpu, f", {len(points)} of them")
     for name in args.networks:
-        backbone, size, stride = name.split(":")
         runs = [("ours", 3000, engine) for engine in args.engines]
         if name == args.networks[0] and args.detector_tiles:
             runs.append(("every candidate", 1e6, "torch"))
         for what, per_mm2, asked in runs:
-            detector = random_detector(backbone, int(size), int(stride), per_mm2, device)
-            wall, cpu, engine = timed(lambda: PatchEngine(detector.network, asked, detector.patch_size, images=1))  # noqa: B023
-            detector = replace(detector, network=engine.network_for(image.shape[0] * image.shape[1]))
+            detector = detector_of(name, per_mm2, device)
+            of_detector = detector.network, asked, detector.patch_size, 1, detector.first_look
+            wall, cpu, engine = timed(lambda: PatchEngine(*of_detector))  # noqa: B023
+            network = engine.network_for(image.shape[0] * image.shape[1])
+            detector = replace(detector, network=network, first_look=engine.first_look)
             say(f"start of {asked}", wall, cpu)
             scan_field(detector, image[:600, :600], args.um_per_px, **OPTIONS)  # warm
             scan = lambda: scan_field(detector, image, args.um_per_px, **OPTIONS)  # noqa: E731, B023
-            say(f"{what}, {backbone} at {size} px, {asked}", *timed(scan)[:2])
+            say(f"{what}, {name}, {asked}", *timed(scan)[:2])
     if not args.detector_tiles:
         sys.exit()
     detector = torchvision.models.detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None)
