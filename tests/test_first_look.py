@@ -210,6 +210,11 @@ def test_a_slide_gives_nearly_what_a_field_gives(slide_file):  # noqa: F811
         assert abs(np.median(odds[1] - odds[0])) < 0.2
 
 
+def test_a_resolution_that_is_none_is_refused():
+    with pytest.raises(InputError, match=r"found 1.5 um/px, expected 0.1-1.0"):
+        look_at(with_look(), np.zeros((300, 300, 3), np.uint8), 1.5, batch_size=16)
+
+
 def test_glass_alone_has_no_candidate():
     looked = look_at(with_look(), np.full((500, 600, 3), 240, np.uint8), 0.25, batch_size=16)
     assert len(looked.points_px) == len(looked.first) == 0

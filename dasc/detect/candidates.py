@@ -75,7 +75,9 @@ def candidates_of(
 
     image: (H, W, 3) uint8 RGB, a field or a part of one. stain: of the field, as `stain.apply_stain`. cores: as
     `first_look.odds_map`.
+    Raises: InputError: as `find_candidates`.
     """
+    _check(image, um_per_px)
     small = at_working_resolution(image, um_per_px)
     points_px, odds = peaks(odds_map(first_look, apply_stain(small, stain), cores))
     return _in_image(points_px, small, image), odds
@@ -96,10 +98,7 @@ def measure_candidates(
     device: None searches with OpenCV on the CPU, anything else with torch there, with the same result up to rounding.
     Raises: InputError: as `find_candidates`.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise InputError(f"image to search: found {image.dtype} {image.shape}, expected (H, W, 3) uint8 RGB")
-    if not 0.1 <= um_per_px <= 1.0:
-        raise InputError(f"image to search: found {um_per_px} um/px, expected 0.1-1.0; set --um_per_px")
+    _check(image, um_per_px)
     working_um = max(WORKING_UM_PER_PX, um_per_px)
     small = at_working_resolution(image, um_per_px)
     padding = _find_padding(small, working_um)
@@ -118,6 +117,14 @@ def at_working_resolution(image: np.ndarray, um_per_px: float) -> np.ndarray:
     scale = um_per_px / max(WORKING_UM_PER_PX, um_per_px)
     size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+
+def _check(image: np.ndarray, um_per_px: float) -> None:
+    """Raise InputError where an image cannot be searched."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        raise InputError(f"image to search: found {image.dtype} {image.shape}, expected (H, W, 3) uint8 RGB")
+    if not 0.1 <= um_per_px <= 1.0:
+        raise InputError(f"image to search: found {um_per_px} um/px, expected 0.1-1.0; set --um_per_px")
 
 
 def _in_image(points_px: np.ndarray, small: np.ndarray, image: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ in a field. After that every candidate is judged by itself, so that neither the 
 detections.
 """
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -72,6 +73,7 @@ def scan_slide(
     """
     progress = progress or Progress()
     has_look = detector.first_look is not None
+    candidates = functools.partial(_candidates, detector, tissue)
     grid = make_grid(slide, um_per_px, detector.patch_um_per_px, detector.patch_size, has_look)
     if progress.survey is None:
         progress.survey = survey_slide(detector, slide, grid, tissue, batch_size=batch_size, workers=workers)
@@ -83,11 +85,9 @@ def scan_slide(
 
         def look(place: tuple) -> tuple[np.ndarray, torch.Tensor, np.ndarray]:
             tile = Tile(slide, grid, *place)
-            if has_look:
-                points_px, scores = tile.candidates_of(detector, stain, tissue)
-            else:
-                points_px, measures = tile.candidates(tuple(survey["padding_density"]), tissue, search_device(device))
-                scores = score_candidates(measures, np.array(survey["middle"]), np.array(survey["spread"]))
+            points_px, scores = candidates(tile, stain, tuple(survey["padding_density"]))
+            if not has_look:
+                scores = score_candidates(scores, np.array(survey["middle"]), np.array(survey["spread"]))
             in_slide = grid.in_slide(points_px)
             seen = off_the_edge(in_slide, slide.width, slide.height, um_per_px) & (scores >= survey["lowest_score"])
             added = scores[seen] if has_look else np.zeros(int(seen.sum()), np.float32)
@@ -145,17 +145,13 @@ def survey_slide(
             return {}
         stain = estimate_stain(density) if detector.normalise_stain else None
         padding_density = float(np.median(density[:, 0])), float(np.median(density.sum(axis=1)))
-        if detector.first_look is not None:
-            found = list(pool.map(lambda tile: tile.candidates_of(detector, stain, tissue), tiles))
-        else:
-            found = list(pool.map(lambda tile: tile.candidates(padding_density, tissue, search_device(device)), tiles))
-    measures = np.concatenate([measures for _, measures in found])
-    if not len(measures):
+        found = list(pool.map(lambda tile: _candidates(detector, tissue, tile, stain, padding_density), tiles))
+    scores = [values for _, values in found]
+    if not sum(map(len, scores)):
         return {}
     middle = spread = np.zeros(0)
-    scores = [measures for _, measures in found]
     if detector.first_look is None:
-        middle, spread = spread_of(measures)
+        middle, spread = spread_of(np.concatenate(scores))
         scores = [score_candidates(measures, middle, spread) for measures in scores]
     lowest = _cut(np.concatenate(scores), max(AT_LEAST, int(detector.per_mm2 * area_mm2)))
     first = []
@@ -173,6 +169,15 @@ def survey_slide(
         "second_look": _cut(expit(odds), most_seen_again(detector, area_mm2)),
         "shift_of_odds": detector.calibration.shift_of(odds),
     }
+
+
+def _candidates(
+    detector: Detector, tissue: Tissue, tile: Tile, stain: np.ndarray | None, padding_density: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A tile's own candidates (N, 2), and log odds (N,) of the first look, or measures (N, 4) without one."""
+    if detector.first_look is not None:
+        return tile.candidates_of(detector, stain, tissue)
+    return tile.candidates(padding_density, tissue, search_device(device_of(detector.network)))
 
 
 class Looks:

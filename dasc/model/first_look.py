@@ -125,8 +125,11 @@ def _odds_of(network: nn.Module, field: np.ndarray) -> np.ndarray:
     """Log odds (h, w) of a field (H, W, 3) uint8 with sides that are multiples of MULTIPLE."""
     device = device_of(network)
     fields = upload(torch.from_numpy(np.ascontiguousarray(field.transpose(2, 0, 1)))[None], device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        return network(to_float(fields))[0].float().cpu().numpy()
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            return network(to_float(fields))[0].float().cpu().numpy()
+    except torch.OutOfMemoryError as error:
+        raise InputError("the device's memory does not hold a window of the field; use --device cpu") from error
 
 
 def peaks(odds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
