@@ -184,12 +184,12 @@ def test_slides_in_other_tiles_find_the_same(slide_file):  # noqa: F811
         assert_same(once, again)
 
 
-@pytest.mark.parametrize("um_per_px", [0.25, 0.61])
-def test_a_real_first_look_finds_the_same_in_other_tiles(tmp_path, um_per_px):
-    """With the widest receptive field that is allowed; a slide may be coarser than what the first look is made for."""
-    image, _ = draw_tissue(2000 * um_per_px, um_per_px)
+@pytest.mark.parametrize(("um_per_px", "backbone"), [(0.25, "tf_efficientnet_lite0"), (0.61, "resnet10t")])
+def test_a_real_first_look_finds_the_same_in_other_tiles(tmp_path, um_per_px, backbone):
+    """With a wide receptive field; a slide may be coarser than what the first look is made for."""
+    image, _ = draw_tissue({0.25: 360, 0.61: 600}[um_per_px], um_per_px)
     tifffile.imwrite(tmp_path / "a.tif", image, tile=(256, 256), photometric="rgb", compression="lzw")
-    detector = replace(with_look(), first_look=fold_batch_norms(used("tf_efficientnet_lite0")))
+    detector = replace(with_look(), first_look=fold_batch_norms(used(backbone)))
     once = found_in(tmp_path / "a.tif", um_per_px, detector=detector, tile_um=1e6)
     assert len(once) > 15
     assert_same(once, found_in(tmp_path / "a.tif", um_per_px, None, detector, tile_um=150, shift=(0, 1)))

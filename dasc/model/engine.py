@@ -20,15 +20,13 @@ from dasc.model.first_look import FirstLook
 from dasc.model.inference import device_of
 from dasc.model.network import CamNetwork
 
-PAYS_PX = 5_000_000  # px of images per core from which `auto` takes OpenVINO: 0.3 mm2 at 0.25 um/px, some 1500 looks of
-# predict.py. What is saved makes up for the start (1.3 s on one core) from 600 looks per core on, 1200 at 64 px.
+PAYS_PX = 8_000_000  # px of images per core from which `auto` takes OpenVINO: 0.5 mm2 at 0.25 um/px. From there on it
+# saves more than its start takes (2 s), with a first look; without one from a third of it.
 INSTALL = "pip install --no-deps openvino"  # without its telemetry; NumPy, its other need, is here
 FIRST_LOOK_PX = 256  # side of the picture that OpenVINO and torch are compared with
 CLOSE = 1e-4  # p(mitosis) of the engines differs by less
 SETTINGS = {  # of OpenVINO's plugin
     "INFERENCE_PRECISION_HINT": "f32",  # by default bfloat16 or float16 where the CPU has it: p would differ by 0.02
-    "NUM_STREAMS": 1,  # with one thread: a call works in the thread that makes it, and `inference` has one per core
-    "INFERENCE_NUM_THREADS": 1,
     "ENABLE_CPU_PINNING": False,  # several runs on one machine would be pinned to the same core
 }
 
@@ -137,4 +135,6 @@ def _compile(network: CamNetwork | FirstLook, pictures: Tensor, any_size: bool) 
         warnings.simplefilter("ignore", FutureWarning)  # of torch.jit.trace, which OpenVINO converts with
         model = openvino.convert_model(network, example_input=pictures, input=shape)
     version = openvino.__version__.partition("-")[0]
-    return f"openvino {version}", openvino.Core().compile_model(model, "CPU", SETTINGS)
+    cores = torch.get_num_threads()  # a stream for each call at a time: on one stream calls wait for each other
+    streams = {"NUM_STREAMS": cores, "INFERENCE_NUM_THREADS": cores}
+    return f"openvino {version}", openvino.Core().compile_model(model, "CPU", SETTINGS | streams)

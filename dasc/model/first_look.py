@@ -23,7 +23,7 @@ MULTIPLE = STRIDES[-1]  # px: sides of what the network takes, and steps between
 WIDTH = 48  # channels that the features are brought to
 RARE = 0.01  # p(mitosis) that an untrained head gives a cell
 HALO = 192  # px: nothing farther from a cell than this changes it (EfficientNet-Lite0, ResNet18)
-WINDOW = 1024  # px: side of what is computed at once, without its halo; 0.3 GB with it
+WINDOW = 1024  # px: side of what a core computes at once, without its halo; with it 0.6 GB
 
 
 class FirstLook(nn.Module):
