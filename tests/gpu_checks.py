@@ -178,7 +178,8 @@ def check_guard(case: Case) -> dict:
 def check_checkpoint(case: Case) -> dict:
     """A checkpoint that the device wrote is read where there is no GPU, and finds the same to the byte."""
     content = read_checkpoint(WEIGHTS)
-    content["model"] = {name: tensor.to(case.device) for name, tensor in content["model"].items()}
+    for part in (content, content["first_look"]):
+        part["model"] = {name: tensor.to(case.device) for name, tensor in part["model"].items()}
     written = case.folder / "model.pt"
     save_checkpoint(written, content)
     tifffile.imwrite(case.folder / "field.tiff", case.image[:SIDE_PX, :SIDE_PX])
@@ -195,7 +196,7 @@ def check_checkpoint(case: Case) -> dict:
         succeed("predict.py", *flags, *there)
     found = [(case.folder / model.stem / "detections.csv").read_bytes() for model in (WEIGHTS, written)]
     rows = found[0].count(b"\n") - 1
-    assert rows > 5 and found[0] == found[1], (rows, "other detections")
+    assert rows > 2 and found[0] == found[1], (rows, "other detections")
     return {"detections": rows}
 
 

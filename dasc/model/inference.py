@@ -69,11 +69,12 @@ def on_cores(cores: int) -> Iterator[Callable]:
     if cores == 1:
         yield lambda work, jobs: list(map(work, jobs))
         return
+    threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield lambda work, jobs: list(pool.map(work, jobs))
     finally:
-        torch.set_num_threads(cores)  # what one thread sets is also set for threads to come
+        torch.set_num_threads(threads)  # what one thread sets is also set for threads to come
 
 
 @torch.inference_mode()
