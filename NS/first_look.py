@@ -105,8 +105,9 @@ def main(args) -> int:
     write_csv(out / "val_curve.csv", curve.round(6))
     reliability(out / "reliability.png", *judged, detector.calibration)
     precision_recall(out / "val_curve.png", curve, detector.threshold)
-    f1 = curve["f1"].max() if len(curve) else 0.0
-    print(f"validation F1 {f1:.3f} at best; threshold {detector.threshold:.3f}; wrote {out / 'model.pt'}")
+    before, after = (max(one["f1"], default=0.0) for one in (checkpoint["config"]["val_curve"] or {"f1": []}, curve))
+    print(f"validation F1 {after:.3f} at best, {before:.3f} by the val curve of {model_path}")
+    print(f"threshold {detector.threshold:.3f}; wrote {out / 'model.pt'}")
     inputs = {manifest: len(fields), model_path: 1} | ({args.first_look: 1} if args.first_look else {})
     record_run(out, args, inputs=inputs, device=device, threshold=detector.threshold)
     return 0

@@ -283,7 +283,9 @@ def flags(small_run, resnet, out):
 @pytest.fixture(scope="module")
 def first_look_run(small_run, resnet, tmp_path_factory):
     out = tmp_path_factory.mktemp("first_look")
-    succeed("NS/first_look.py", *flags(small_run, resnet, out))
+    said = succeed("NS/first_look.py", *flags(small_run, resnet, out)).out
+    best = (max(read_checkpoint(path)["config"]["val_curve"]["f1"]) for path in (out / "model.pt", resnet))
+    assert "validation F1 {:.3f} at best, {:.3f} by the val curve of".format(*best) in said
     return out
 
 
