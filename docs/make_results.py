@@ -22,7 +22,7 @@ from dasc.judge.votes import ceiling
 TITLES = {  # by the column `weights`
     "dasc_mitos v6 siblings": "Siblings of `weights/dasc_mitos.pt` (v6), which never saw the laboratory that is judged",
     "dasc_mitos v6": "`weights/dasc_mitos.pt` (v6)",
-    "dasc_figures v2": "`weights/dasc_figures.pt` (v2) as a detector, not trained further",
+    "dasc_figures v3": "`weights/dasc_figures.pt` (v3) as a detector, not trained further",
     "from dasc_figures v2": "Trainings on eight slides of MITOS-ATYPIA-14 from `weights/dasc_figures.pt` (v2)",
     "resnet18, the paper's epochs, from random weights": "ResNet18 with the paper's epochs, from random weights",
 }
