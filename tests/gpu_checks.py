@@ -18,7 +18,7 @@ from scipy.spatial import cKDTree
 
 from dasc.data.patches import PatchCutter
 from dasc.detect.candidates import candidates_of, find_candidates, most_in
-from dasc.detect.field import LOOK_PER_MM2, off_the_edge, scan_field
+from dasc.detect.field import AFTER_FIRST_LOOK_PER_MM2, off_the_edge, scan_field
 from dasc.errors import InputError
 from dasc.images.stain import normalise_stain
 from dasc.judge.metrics import RADIUS_UM
@@ -78,7 +78,7 @@ def check_first_look(case: Case) -> dict:
     for device in (CPU, case.device):
         first_look = load_detector(WEIGHTS, device).first_look
         points_px, odds = candidates_of(first_look, case.image, case.um_per_px, None)
-        most = most_in(case.image, case.um_per_px, LOOK_PER_MM2)
+        most = most_in(case.image, case.um_per_px, AFTER_FIRST_LOOK_PER_MM2)
         found[device] = points_px[:most], odds[:most]
     (here, odds_here), (there, odds_there) = found[CPU], found[case.device]
     same = shared_by(here, there, CELL_UM / case.um_per_px)

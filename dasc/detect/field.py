@@ -18,7 +18,7 @@ from dasc.model.inference import device_of, log_odds
 from dasc.model.network import CamNetwork
 
 SECOND_LOOK_PER_MM2 = 300  # candidates seen again in every view: several times the densest tumours' mitoses
-LOOK_PER_MM2 = 150  # of a detector with a first look, which knows better where they are
+AFTER_FIRST_LOOK_PER_MM2 = 150  # the same for a detector with a first look, which knows better where they are
 AT_LEAST = 16  # of them, however small the field is
 EDGE_UM = 2.0  # nearer to the image's edge much of a nucleus is cut off, its patch is mirrored: nothing is looked at
 CUT_TOGETHER = 1024  # patches cut at once: 13 MB at 64 px, 154 MB at 224 px
@@ -86,7 +86,7 @@ def look_at(detector: Detector, image: np.ndarray, um_per_px: float, *, batch_si
     """Find a field's candidates, the detector's `per_mm2` best, and look at them, at the likely ones again.
 
     The second look averages the detector's `views` of the best (`most_seen_again`); 1 leaves it out. Nuclei nearer than
-    EDGE_UM to the edge are left out: annotators leave them out too (docs/measured.md).
+    EDGE_UM to the edge are left out: annotators leave them out too (docs/log.md).
 
     image: (H, W, 3) uint8 RGB. batch_size: patches scored together.
     """
@@ -109,7 +109,7 @@ def look_at(detector: Detector, image: np.ndarray, um_per_px: float, *, batch_si
 
 def most_seen_again(detector: Detector, area_mm2: float) -> int:
     """How many candidates of an area are seen again in every view."""
-    per_mm2 = SECOND_LOOK_PER_MM2 if detector.first_look is None else LOOK_PER_MM2
+    per_mm2 = SECOND_LOOK_PER_MM2 if detector.first_look is None else AFTER_FIRST_LOOK_PER_MM2
     return max(AT_LEAST, round(per_mm2 * area_mm2))
 
 

@@ -7,7 +7,6 @@ in a field. After that every candidate is judged by itself, so that neither the 
 detections.
 """
 
-import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -73,7 +72,6 @@ def scan_slide(
     """
     progress = progress or Progress()
     has_look = detector.first_look is not None
-    candidates = functools.partial(_candidates, detector, tissue)
     grid = make_grid(slide, um_per_px, detector.patch_um_per_px, detector.patch_size, has_look)
     if progress.survey is None:
         progress.survey = survey_slide(detector, slide, grid, tissue, batch_size=batch_size, workers=workers)
@@ -85,7 +83,7 @@ def scan_slide(
 
         def look(place: tuple) -> tuple[np.ndarray, torch.Tensor, np.ndarray]:
             tile = Tile(slide, grid, *place)
-            points_px, scores = candidates(tile, stain, tuple(survey["padding_density"]))
+            points_px, scores = _candidates(detector, tissue, tile, stain, tuple(survey["padding_density"]))
             if not has_look:
                 scores = score_candidates(scores, np.array(survey["middle"]), np.array(survey["spread"]))
             in_slide = grid.in_slide(points_px)

@@ -11,6 +11,7 @@ from dasc.model.first_look import STRIDE
 
 SIDE = 192  # px of a tile
 CELLS = SIDE // STRIDE
+DRAWN_AT = (0, 0, 0, 1, 2, 2)  # of six tiles: 0 at a mitosis, 1 at an annotated negative, 2 anywhere
 ROUND_CELLS = 1.2  # Gaussian round a centre in which a high p costs less, in cells: an annotation is not exact
 UNSURE_CELLS = 4.0  # round a nucleus that readers could not name nothing counts
 ZOOM = 1.15  # a tile is magnified by this at most, or reduced by it
@@ -27,7 +28,7 @@ class LookField(NamedTuple):
 
 
 class LookTiles:
-    """Draws tiles: half of them at a mitosis, a sixth at an annotated negative, a third anywhere.
+    """Draws tiles, in turn as DRAWN_AT says.
 
     Every mm2 of field is as likely, at a mitosis of those that have one: sets of many small pictures and of few large
     fields take part by what they show.
@@ -41,7 +42,7 @@ class LookTiles:
 
     def draw(self, number: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Tiles (number, 3, SIDE, SIDE) uint8, maps (number, CELLS, CELLS) and where they count, for `focal_loss`."""
-        kinds = [(0, 0, 0, 1, 2, 2)[place % 6] for place in range(number)]
+        kinds = [DRAWN_AT[place % len(DRAWN_AT)] for place in range(number)]
         tiles, maps, counts = zip(*(self._one(kind, rng) for kind in kinds), strict=True)
         tiles = np.stack(tiles).transpose(0, 3, 1, 2)
         return tuple(torch.from_numpy(np.ascontiguousarray(part)) for part in (tiles, np.stack(maps), np.stack(counts)))
