@@ -51,6 +51,7 @@ from dasc.files import write_csv
 from dasc.model import loop, processes
 from dasc.model.augment import training_view
 from dasc.model.checkpoint import read_last, training_settings
+from dasc.model.step import Step
 from dasc.model.transfer import upload
 from dasc.report.plots import curves
 from dasc.run import pick_device, record_run, run_script
@@ -148,6 +149,13 @@ def train(
     seen_after = loop.epochs_of(args.seen_after_share, args.epochs)
     guard = loop.LossGuard(args.nan_steps, -(-len(of_label) // args.batch_size))
     learned = loop.Rows(device, of_label, patches=patches)
+
+    def losses(views, truth):
+        with loop.autocast(device):
+            logits = processes.gathered(network(views), len(truth))
+            return [F.cross_entropy(logits.float(), truth)], []
+
+    step = Step(losses, optimizer)
     for epoch in range(done, args.epochs):
         generator = loop.epoch_generator(args.seed, epoch)
         network.train()
@@ -156,14 +164,11 @@ def train(
         for batch in tqdm(loop.batches(draws, args.batch_size), f"{word}, epoch {epoch}", leave=False):
             shown, truth = learned(batch)
             views = training_view(shown, processes.draws(generator, len(batch)), *strengths)
-            with loop.autocast(device):
-                logits = processes.gathered(network(views), len(batch))
-                loss = F.cross_entropy(logits.float(), truth)
-            (loss,) = loop.backward(optimizer, loss)
+            (loss,), _ = step(views, truth)
             if guard.passes_over(loss, epoch):
                 skipped += len(batch)
                 continue
-            optimizer.step()
+            step.update(args.lr)
             total += loss * len(batch)
 
         row = {"label": word, "epoch": epoch, "loss": total / (len(of_label) - skipped), "correct": float("nan")}

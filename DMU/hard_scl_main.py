@@ -76,6 +76,7 @@ from dasc.model.augment import located_view
 from dasc.model.checkpoint import training_settings
 from dasc.model.clusters import concentration, subclasses
 from dasc.model.inference import embed_patches
+from dasc.model.step import Step
 from dasc.report.plots import contact_sheet, embedding, reliability
 from dasc.report.trained import write_detector
 from dasc.run import pick_device, record_run, run_script
@@ -149,7 +150,7 @@ def train(network, patches, points_px, rows, val_patches, val_labels, settings, 
     out, device = Path(args.out), next(network.parameters()).device
     labels, hardness = torch.tensor(rows["label"].to_numpy()), torch.tensor(rows["hardness"].to_numpy(np.float32))
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
-    ema, average = loop.averaged(network, args.ema)
+    ema, average = loop.averaged(network)
     modules = {"model": network, "ema": ema, "optimizer": optimizer}
     none = {"groups": torch.empty(0, dtype=torch.long), "spreads": torch.empty(0, dtype=torch.double)}
     log, best, groups, spreads = loop.begin(args, settings, modules, best=None, **none)
@@ -158,6 +159,27 @@ def train(network, patches, points_px, rows, val_patches, val_labels, settings, 
     steps = -(-len(labels) // args.batch_size)
     guard = loop.LossGuard(args.nan_steps, steps)
     learned = loop.Rows(device, labels, hardness, patches=patches)
+
+    def losses_of(views, points, truth, hard, *grouped):
+        with loop.autocast(device):
+            maps = network.features(views)
+            cam = network.cam(maps)
+        cam, z = cam.float(), F.normalize(maps.float().mean(dim=(2, 3)), dim=1)
+        cam, z, points = (processes.gathered(part, len(truth)) for part in (cam, z, points))
+        logits = cam.amax(dim=(2, 3))
+        classification = losses.graded_cross_entropy(logits, truth, hard, args.smoothing, args.gce_q)
+        if grouped:
+            group, spread = grouped
+            softer, weights = 1 + args.level_temperature * hard, 1 - args.level_weight * hard
+            temperatures = args.temperature * softer, spread * softer
+            contrastive = losses.subclass_contrastive(z, truth, group, *temperatures, weights, args.gamma)
+        else:
+            contrastive = losses.supervised_contrastive(z, truth, args.temperature)
+        place = losses.localisation(cam[:, 1], points, patches.shape[-1])
+        loss = classification + args.contrastive_weight * contrastive + args.localisation_weight * place
+        return [loss, classification, contrastive, place], []
+
+    step = Step(losses_of, optimizer, average, args.ema)
     for epoch in range(len(log), args.epochs):
         generator = loop.epoch_generator(args.seed, epoch)
         if epoch >= contrast_labels and (epoch - contrast_labels) % cluster_every == 0:
@@ -171,33 +193,16 @@ def train(network, patches, points_px, rows, val_patches, val_labels, settings, 
         totals, skipped = dict.fromkeys(LOSSES, 0.0), 0
         order = loop.batches(loop.balanced_order(labels, generator), args.batch_size)
         progress = tqdm(order, f"epoch {epoch}", leave=False)
-        for step, batch in enumerate(progress):
-            optimizer.param_groups[0]["lr"] = args.lr * loop.cosine((epoch + step / steps) / args.epochs)
-            shown, batch_labels, hard = learned(batch)
+        for number, batch in enumerate(progress, epoch * steps):
+            shown, *known = learned(batch)
+            known += grouped(batch) if epoch >= contrast_labels else []
             own, drawn = batch[processes.own(len(batch))], processes.draws(generator, len(batch))
             views, points = located_view(shown, points_px[own], drawn, args.stain, args.light, args.focus)
-            with loop.autocast(device):
-                maps = network.features(views)
-                cam = network.cam(maps)
-            cam, z = cam.float(), F.normalize(maps.float().mean(dim=(2, 3)), dim=1)
-            cam, z, points = (processes.gathered(part, len(batch)) for part in (cam, z, points))
-            logits = cam.amax(dim=(2, 3))
-            classification = losses.graded_cross_entropy(logits, batch_labels, hard, args.smoothing, args.gce_q)
-            if epoch < contrast_labels:
-                contrastive = losses.supervised_contrastive(z, batch_labels, args.temperature)
-            else:
-                softer, weights = 1 + args.level_temperature * hard, 1 - args.level_weight * hard
-                group, spread = grouped(batch)
-                temperatures = args.temperature * softer, spread * softer
-                contrastive = losses.subclass_contrastive(z, batch_labels, group, *temperatures, weights, args.gamma)
-            place = losses.localisation(cam[:, 1], points, patches.shape[-1])
-            loss = classification + args.contrastive_weight * contrastive + args.localisation_weight * place
-            parts = loop.backward(optimizer, loss, classification, contrastive, place)
+            parts, _ = step(views, points, *known)
             if guard.passes_over(parts[0], epoch):
                 skipped += len(batch)
                 continue
-            optimizer.step()
-            average(epoch * steps + step)
+            step.update(args.lr * loop.cosine(number / (steps * args.epochs)), number)
             for name, part in zip(LOSSES, parts, strict=True):
                 totals[name] += part * len(batch)
             progress.set_postfix(loss=f"{parts[0]:.3f}", val_f1=f"{log[-1]['val_f1']:.3f}" if log else "-")

@@ -58,6 +58,7 @@ from dasc.model.checkpoint import load_initial_weights, save_checkpoint, trainin
 from dasc.model.losses import generalised_cross_entropy
 from dasc.model.memory import STATES, UNSEEN, VIEWS, Memory, Settings, noise_score, start, thresholds, update
 from dasc.model.network import CLASSES, DualNetwork
+from dasc.model.step import Step
 from dasc.model.transfer import upload
 from dasc.model.views import strong_view, weak_view
 from dasc.report.plots import curves
@@ -127,6 +128,17 @@ def train(network, patches, labels, units: Settings, settings: dict, args) -> tu
     steps = -(-len(labels) // args.batch_size)
     guard = loop.LossGuard(args.nan_steps, steps)
     learned = loop.Rows(device, labels, patches=patches)
+
+    def losses(weak, strong, truth):
+        with loop.autocast(device):
+            logits, pooled = network(weak, strong)
+        logits = processes.gathered(logits.float(), len(truth), axis=1)
+        active = processes.gathered(pooled.detach() > 0, len(truth))
+        of_views = generalised_cross_entropy(logits.flatten(0, 1), truth.repeat(len(VIEWS)), args.loss_q)
+        loss = view_shares @ (of_views.view(len(VIEWS), -1) * weights[truth]).mean(dim=1)
+        return [loss], [logits.detach().softmax(dim=2), active]
+
+    step = Step(losses, optimizer)
     network.train()
     for epoch in range(len(log), args.epochs):
         generator = loop.epoch_generator(args.seed, epoch)
@@ -137,24 +149,17 @@ def train(network, patches, labels, units: Settings, settings: dict, args) -> tu
         # Every patch exactly once, in batches of nearly one size: no last batch of a patch or two.
         order = torch.randperm(len(labels), generator=generator).tensor_split(steps)
         progress = tqdm(order, f"epoch {epoch}", leave=False)
-        for step, batch in enumerate(progress):
-            optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (epoch + (step + 1) / steps) / max(warmup, 1e-9))
-            shown, batch_labels = learned(batch)
+        for number, batch in enumerate(progress):
+            shown, truth = learned(batch)
             drawn = processes.draws(generator, len(batch))
             weak = weak_view(shown, drawn, args.weak_strength)
             strong = strong_view(shown, drawn, args.strong_strength)
-            with loop.autocast(device):
-                logits, pooled = network(weak, strong)
-            logits = processes.gathered(logits.float(), len(batch), axis=1)
-            active = processes.gathered(pooled.detach() > 0, len(batch))
-            losses = generalised_cross_entropy(logits.flatten(0, 1), batch_labels.repeat(len(VIEWS)), args.loss_q)
-            loss = view_shares @ (losses.view(len(VIEWS), -1) * weights[batch_labels]).mean(dim=1)
-            (loss,) = loop.backward(optimizer, loss)
+            (loss,), (of_heads, active) = step(weak, strong, truth)
             if guard.passes_over(loss, epoch):
                 continue
-            optimizer.step()
+            step.update(args.lr * min(1.0, (epoch + (number + 1) / steps) / max(warmup, 1e-9)))
             there = upload(batch, device)
-            probabilities[:, there] = logits.detach().softmax(dim=2)
+            probabilities[:, there] = of_heads
             features[there] = active
             total += loss * len(batch)
             progress.set_postfix(loss=f"{loss:.3f}", noisy=f"{log[-1]['noisy']:.3f}" if log else "-")

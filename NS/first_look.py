@@ -68,6 +68,7 @@ from dasc.model.checkpoint import (
 from dasc.model.first_look import FirstLook, focal_loss
 from dasc.model.look_tiles import LookField, LookTiles
 from dasc.model.network import fold_batch_norms
+from dasc.model.step import Step
 from dasc.report.plots import curves, precision_recall, reliability
 from dasc.run import pick_device, record_run, run_script
 
@@ -140,31 +141,35 @@ def train(network: FirstLook, tiles: dict[str, LookTiles], settings: dict, args)
     """The moving average of the network's weights after the last epoch, and the log."""
     device = next(network.parameters()).device
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=1e-4)
-    ema, average = loop.averaged(network, args.ema)
+    ema, average = loop.averaged(network)
     modules = {"model": network, "ema": ema, "optimizer": optimizer}
     (log,) = loop.begin(args, settings, modules)
     guard = loop.LossGuard(args.nan_steps, args.steps)
+
+    def losses(views, wanted, counts):
+        with loop.autocast(device):
+            odds = network(views)
+        return [focal_loss(odds.float(), wanted, counts)], []
+
+    step = Step(losses, optimizer, average, args.ema)
     held_out = [part.to(device) for part in tiles["val"].draw(VAL_TILES, np.random.default_rng(0))]
     for epoch in range(len(log), args.epochs):
         generator, rng = loop.epoch_generator(args.seed, epoch), np.random.default_rng([args.seed, epoch])
         network.train()
         total, skipped = 0.0, 0
         progress = tqdm(range(args.steps), f"epoch {epoch}", leave=False)
-        for step in progress:
-            done = epoch + step / args.steps
-            optimizer.param_groups[0]["lr"] = args.lr * min(1, done + 1 / args.steps) * loop.cosine(done / args.epochs)
+        for number in progress:
+            done = epoch + number / args.steps
             shown, wanted, counts = (part.to(device) for part in tiles["train"].draw(args.batch_size, rng))
             views = jitter_stain(to_float(shown), generator, args.stain, args.stain / 4)
             views = jitter_light(views, generator, args.light, args.light)
             views = jitter_focus(views, generator, args.focus, args.focus / 2)
-            with loop.autocast(device):
-                odds = network(views)
-            (loss,) = loop.backward(optimizer, focal_loss(odds.float(), wanted, counts))
+            (loss,), _ = step(views, wanted, counts)
             if guard.passes_over(loss, epoch):
                 skipped += 1
                 continue
-            optimizer.step()
-            average(epoch * args.steps + step)
+            rate = args.lr * min(1, done + 1 / args.steps) * loop.cosine(done / args.epochs)
+            step.update(rate, epoch * args.steps + number)
             total += loss
             progress.set_postfix(loss=f"{loss:.3f}", val_loss=f"{log[-1]['val_loss']:.3f}" if log else "-")
 

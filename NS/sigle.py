@@ -56,6 +56,7 @@ from dasc.model import loop, processes
 from dasc.model.augment import training_view
 from dasc.model.checkpoint import training_settings
 from dasc.model.inference import score_patches
+from dasc.model.step import Step
 from dasc.report.plots import reliability
 from dasc.report.trained import write_detector
 from dasc.run import pick_device, record_run, run_script
@@ -108,31 +109,33 @@ def train(network, patches: dict, labels: dict, settings: dict, args) -> tuple[d
     """
     out, device = Path(args.out), next(network.parameters()).device
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
-    ema, average = loop.averaged(network, args.ema)
+    ema, average = loop.averaged(network)
     modules = {"model": network, "ema": ema, "optimizer": optimizer}
     log, best = loop.begin(args, settings, modules, best=None)
     steps = -(-len(labels["train"]) // args.batch_size)
     guard = loop.LossGuard(args.nan_steps, steps)
     learned = loop.Rows(device, labels["train"], patches=patches["train"])
+
+    def losses(views, truth):
+        with loop.autocast(device):
+            logits = processes.gathered(network(views), len(truth))
+            return [F.cross_entropy(logits.float(), truth)], []
+
+    step = Step(losses, optimizer, average, args.ema)
     for epoch in range(len(log), args.epochs):
         generator = loop.epoch_generator(args.seed, epoch)
         network.train()
         total, skipped = 0.0, 0
         order = loop.batches(loop.balanced_order(labels["train"], generator), args.batch_size)
         progress = tqdm(order, f"epoch {epoch}", leave=False)
-        for step, batch in enumerate(progress):
-            optimizer.param_groups[0]["lr"] = args.lr * loop.cosine((epoch + step / steps) / args.epochs)
+        for number, batch in enumerate(progress, epoch * steps):
             shown, truth = learned(batch)
             views = training_view(shown, processes.draws(generator, len(batch)), args.stain, args.light, args.focus)
-            with loop.autocast(device):
-                logits = processes.gathered(network(views), len(batch))
-                loss = F.cross_entropy(logits.float(), truth)
-            (loss,) = loop.backward(optimizer, loss)
+            (loss,), _ = step(views, truth)
             if guard.passes_over(loss, epoch):
                 skipped += len(batch)
                 continue
-            optimizer.step()
-            average(epoch * steps + step)
+            step.update(args.lr * loop.cosine(number / (steps * args.epochs)), number)
             total += loss * len(batch)
             progress.set_postfix(loss=f"{loss:.3f}", val_f1=f"{log[-1]['val_f1']:.3f}" if log else "-")
 

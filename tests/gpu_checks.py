@@ -4,6 +4,8 @@ A check takes a `Case` and returns its figures; it raises AssertionError where o
 """
 
 import contextlib
+import copy
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import tifffile
 import torch
+import torch.nn.functional as F
 from pipeline import ROOT, fails, succeed
 from scipy.spatial import cKDTree
 
@@ -25,7 +28,9 @@ from dasc.judge.metrics import RADIUS_UM
 from dasc.model.augment import located_view, training_view
 from dasc.model.checkpoint import load_detector, read_checkpoint, save_checkpoint
 from dasc.model.inference import log_odds
-from dasc.model.loop import LossGuard, backward
+from dasc.model.loop import LossGuard, autocast, averaged
+from dasc.model.network import CamNetwork
+from dasc.model.step import Step
 from dasc.model.transfer import gather, resident
 from dasc.model.views import strong_view, weak_view
 
@@ -41,6 +46,7 @@ VIEWS_DIFFER = 1e-3  # most that augmented pixels (0..1), and points in px, may 
 ODDS_DIFFER = 0.3
 PROBABILITIES_DIFFER = 0.2
 CELL_UM, SAME_IN_BFLOAT16 = 2.0, 0.9  # peaks of a first look this near are the same; share that both devices keep
+LOSSES_DIFFER, WEIGHTS_DIFFER = 0.05, 0.2  # of recorded and plain steps; sums in another order grow along a training
 STRONG, WEAK = 0.1, 0.02  # what one device finds with at least STRONG the other finds with at least WEAK
 
 
@@ -161,18 +167,56 @@ def check_guard(case: Case) -> dict:
     """A loss that is not finite is seen before the weights move."""
     guard, passed = LossGuard(3, 10), []
     weight = torch.ones(4, device=case.device, requires_grad=True)
-    optimizer = torch.optim.Adam([weight], lr=0.1)
-    for factor in (1.0, float("nan"), float("inf"), 1.0):
-        loss = (weight * factor).sum()
-        passed.append(guard.passes_over(*backward(optimizer, loss), 0))
+    step = Step(lambda factor: ([(weight * factor).sum()], []), torch.optim.Adam([weight], lr=0.1))
+    for factor in (1.0, math.nan, math.inf, 1.0, math.inf, 1.0):  # the last three are recorded
+        (loss,), _ = step(torch.tensor(factor, device=case.device))
+        passed.append(guard.passes_over(loss, 0))
         if not passed[-1]:
-            optimizer.step()
-    assert passed == [False, True, True, False] and torch.isfinite(weight).all()
+            step.update(0.1)
+    assert passed == [False, True, True, False, True, False] and torch.isfinite(weight).all()
     with contextlib.suppress(InputError):
         for _ in range(3):
             guard.passes_over(float("nan"), 0)
         raise AssertionError("three losses in a row that are not finite went through")
     return {}
+
+
+def check_recorded(case: Case) -> dict:
+    """Steps that a device records and replays train as plain ones do; losses of two sizes of batch in turn."""
+    torch.manual_seed(0)
+    network = CamNetwork("resnet10t", 16).to(case.device, memory_format=torch.channels_last).train()
+    sizes = [32] * 6 + [24] * 6 + [32, 24, 8, 32, 24]
+    patches = patches_of(case, CPU)[:8].repeat(4, 1, 1, 1).to(case.device)
+    histories, weights = [], []
+    for records in (True, False):
+        one = copy.deepcopy(network)
+        ema, average = averaged(one)
+
+        def losses(views, truth, one=one):
+            with autocast(case.device):
+                return [F.cross_entropy(one(views).float(), truth)], []
+
+        step = Step(losses, torch.optim.Adam(one.parameters(), lr=1e-4), average, 0.9)
+        step.records &= records
+        histories.append([])
+        generator = torch.Generator().manual_seed(0)
+        for number, size in enumerate(sizes):
+            views = training_view(patches[:size], generator, 0.2, 0.2, 0.8)
+            (loss,), _ = step(views, torch.arange(size, device=case.device) % 2)
+            histories[-1].append(loss)
+            step.update(1e-4 / (1 + number), number)
+        weights.append(all_of(ema))
+        if case.device.type == "cuda" and records:
+            assert len(step.recordings) == 2, step.plain
+    differ = float(np.abs(np.subtract(*histories)).max())
+    moved = float((weights[0] - weights[1]).norm() / (weights[0] - all_of(network)).norm())
+    assert differ <= LOSSES_DIFFER and moved <= WEIGHTS_DIFFER, (differ, moved, histories)
+    return {"largest difference of the losses": differ, "difference of the averaged weights by their way": moved}
+
+
+def all_of(network: torch.nn.Module) -> torch.Tensor:
+    """All weights of a network, (N,)."""
+    return torch.cat([weight.detach().flatten() for weight in network.parameters()])
 
 
 def check_checkpoint(case: Case) -> dict:
@@ -236,6 +280,7 @@ CHECKS = {
     "views": check_views,
     "bfloat16": check_bfloat16,
     "guard": check_guard,
+    "recorded steps": check_recorded,
     "checkpoint": check_checkpoint,
     "memory full": check_memory_full,
 }

@@ -22,7 +22,7 @@ from pipeline import LIGHT, ROOT, fails, last_of_each, succeed
 from test_kill_resume import names
 
 import dasc.model.augment
-import dasc.model.loop
+import dasc.model.step
 import dasc.model.views
 import dasc.model.watch
 from dasc.model.augment import training_view
@@ -178,15 +178,15 @@ def test_torchrun_starts_them(here):
 
 
 def sleeps_in_step_5():
-    whole, steps = dasc.model.loop.backward, []
+    whole, steps = dasc.model.step.Step.__call__, []
 
-    def backward(*args):
+    def call(*args):
         steps.append(1)
         if len(steps) == 5:
             time.sleep(100)
         return whole(*args)
 
-    dasc.model.loop.backward = backward
+    dasc.model.step.Step.__call__ = call
 
 
 def stage_2(size: int, *flags, **options):

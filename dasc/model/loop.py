@@ -29,7 +29,7 @@ from dasc.model.batch_norm import batch_norms
 from dasc.model.checkpoint import Detector, interpolate, load_initial_weights, read_last, save_checkpoint
 from dasc.model.inference import Patches, embed_patches, score_patches
 from dasc.model.network import CamNetwork, fold_batch_norms
-from dasc.model.transfer import gather, read_later, resident
+from dasc.model.transfer import gather, resident
 
 
 def start_network(
@@ -93,15 +93,6 @@ class Rows:
         return gather(self.patches, own, self.device) + gather(self.tensors, batch, self.device)
 
 
-def backward(optimizer: torch.optim.Optimizer, loss: Tensor, *parts: Tensor) -> list[float]:
-    """Gradients of a loss, and the values of it and its parts, which a GPU hands over while it works on."""
-    read = read_later(torch.stack([loss, *parts]))
-    optimizer.zero_grad()
-    loss.backward()
-    processes.add_up(parameter for group in optimizer.param_groups for parameter in group["params"])
-    return read()
-
-
 class LossGuard:
     """Passes over the steps whose loss is not finite; so many of them in a row end the training.
 
@@ -127,11 +118,11 @@ def autocast(device: torch.device) -> Iterator[None]:
         yield
 
 
-def averaged(network: CamNetwork, decay: float) -> tuple[CamNetwork, Callable[[int], None]]:
+def averaged(network: CamNetwork) -> tuple[CamNetwork, Callable[[float | Tensor], None]]:
     """The exponential moving average (EMA) of a network's weights: the network that holds it, and what moves it.
 
-    That is called with the number of every step, from 0 on: ema <- d ema + (1 - d) weights, d = min(decay, (1 + step) /
-    (10 + step)), so that the first steps are forgotten sooner than the later ones.
+    That is called after every step with the decay d, a number or a scalar on the network's device:
+    ema <- d ema + (1 - d) weights.
     """
     ema = copy.deepcopy(network).eval()
     of_ema, of_network = (list(itertools.chain(each.parameters(), each.buffers())) for each in (ema, network))
@@ -140,10 +131,15 @@ def averaged(network: CamNetwork, decay: float) -> tuple[CamNetwork, Callable[[i
     counts = [pair for pair in pairs if not pair[0].is_floating_point()]  # of the batches that batch norm has seen
 
     @torch.no_grad()
-    def move(step: int) -> None:
-        get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))(means, weights, None)
-        for count, now in counts:
-            count.copy_(now)
+    def move(decay: float | Tensor) -> None:
+        if isinstance(decay, Tensor):
+            steps = torch._foreach_sub(weights, means)
+            torch._foreach_mul_(steps, 1 - decay)
+            torch._foreach_add_(means, steps)
+        else:
+            get_ema_multi_avg_fn(decay)(means, weights, None)
+        if counts:
+            torch._foreach_copy_(*map(list, zip(*counts, strict=True)))
 
     return ema, move
 
