@@ -77,10 +77,11 @@ from dasc.data.corrections import UNSURE, correct_dataset
 from dasc.data.cut import Cut, write_cut
 from dasc.data.datasets import Dataset, drop_outside, read_as_asked
 from dasc.data.pack import write_pack
-from dasc.data.patches import CutPatch, PatchCutter, at_point, away_from, negatives, shifted, write_patch
+from dasc.data.patches import write_patch
 from dasc.data.resolutions import asked_um_per_px
 from dasc.data.tables import ANNOTATIONS, FIELDS, LABELS, PATCHES, SPLITS, write_table
 from dasc.detect.candidates import find_candidates
+from dasc.detect.cutter import CutPatch, PatchCutter, at_point, away_from, negatives, shifted
 from dasc.detect.field import score_points
 from dasc.detect.labels import check_labels, check_size
 from dasc.errors import InputError, WriteError

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from pipeline import ROOT, fails, succeed
 from scipy.spatial import cKDTree
 
-from dasc.data.patches import PatchCutter
 from dasc.detect.candidates import candidates_of, find_candidates, most_in
+from dasc.detect.cutter import PatchCutter
 from dasc.detect.field import AFTER_FIRST_LOOK_PER_MM2, off_the_edge, scan_field
 from dasc.errors import InputError
 from dasc.images.stain import normalise_stain

@@ -13,7 +13,7 @@ from scipy.special import expit
 import dasc.detect.candidates
 import dasc.detect.field
 from dasc.data.cut import ValFields
-from dasc.data.patches import PatchCutter
+from dasc.detect.cutter import PatchCutter
 from dasc.detect.field import merge, over_all_views, scan_field
 from dasc.detect.val import fit_to_val
 from dasc.judge.calibration import Calibration

@@ -12,8 +12,8 @@ import pytest
 import torch
 from pipeline import ROOT, fails, succeed
 
-from dasc.data.patches import PatchCutter
 from dasc.detect.candidates import find_candidates
+from dasc.detect.cutter import PatchCutter
 from dasc.errors import InputError
 from dasc.images.read import read_field
 from dasc.model import engine

@@ -4,7 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
-from dasc.data.patches import PatchCutter, load_patches, resample, write_patch
+from dasc.data.patches import load_patches, write_patch
+from dasc.detect.cutter import PatchCutter, resample
 from dasc.errors import InputError
 
 

@@ -10,9 +10,9 @@ import torch
 from scipy.spatial import cKDTree
 from scipy.special import expit
 
-from dasc.data.patches import PatchCutter
 from dasc.detect.candidates import candidates_of, find_candidates, most_in
-from dasc.images.stain import apply_stain, estimate_stain, tissue_density
+from dasc.detect.cutter import PatchCutter
+from dasc.images.stain import estimate_stain, tissue_density
 from dasc.model.checkpoint import Detector
 from dasc.model.inference import device_of, log_odds
 from dasc.model.network import CamNetwork
@@ -96,8 +96,7 @@ def look_at(detector: Detector, image: np.ndarray, um_per_px: float, *, batch_si
     points_px, added = _candidates(detector, image, um_per_px, stain, device)
     inside = off_the_edge(points_px, image.shape[1], image.shape[0], um_per_px)
     points_px, added = points_px[inside], added[inside]
-    shown = apply_stain(image, stain)
-    cutter = PatchCutter(shown, um_per_px, detector.patch_um_per_px, detector.patch_size, device)
+    cutter = PatchCutter(image, um_per_px, detector.patch_um_per_px, detector.patch_size, device, stain)
     first = _log_odds_at(network, cutter, points_px, batch_size) + added
     if views == 1:
         return Looked(points_px, first, first)

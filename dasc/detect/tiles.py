@@ -11,10 +11,9 @@ import cv2
 import numpy as np
 import torch
 
-from dasc.data.patches import CPU, PatchCutter
 from dasc.detect.candidates import MARGIN_UM, WORKING_UM_PER_PX, candidates_of, measure_candidates
+from dasc.detect.cutter import CPU, PatchCutter
 from dasc.images.slides import Slide
-from dasc.images.stain import apply_stain
 from dasc.images.tissue import Tissue
 from dasc.model.checkpoint import Detector
 from dasc.model.first_look import HALO, MULTIPLE
@@ -139,7 +138,8 @@ class Tile:
         points_px: (N, 2), x and y in the level's pixels. stain: as `stain.apply_stain`.
         device: where they are cut, as `patches.PatchCutter`.
         """
-        image = apply_stain(self.image, stain)
-        cutter = PatchCutter(image, self.grid.model_um, detector.patch_um_per_px, detector.patch_size, device)
+        cutter = PatchCutter(
+            self.image, self.grid.model_um, detector.patch_um_per_px, detector.patch_size, device, stain
+        )
         # Candidates lie half-way between two pixels of the patch: a hair less, and every tile rounds alike.
         return cutter.cut_tensor(points_px - self.corner_px - 1e-3)

@@ -39,9 +39,11 @@ def estimate_stain(tissue: np.ndarray) -> np.ndarray | None:
 
 def apply_stain(image: np.ndarray, stain: np.ndarray | None) -> np.ndarray:
     """An image (H, W, 3) uint8 RGB whose stain is that of `estimate_stain`, brought to MEAN and SPREAD."""
-    if stain is None:
-        return image
+    return image if stain is None else cv2.LUT(image, stain_table(stain)[None])
+
+
+def stain_table(stain: np.ndarray) -> np.ndarray:
+    """What `apply_stain` makes of each grey level of red, green and blue: (256, 3) uint8."""
     mean, spread = stain
-    moved = (DENSITY[:, None] - mean) / spread * SPREAD + MEAN  # (256, 3)
-    table = np.clip(np.round(256 * np.exp(-moved) - 1), 0, 255).astype(np.uint8)
-    return cv2.LUT(image, table[None])
+    moved = (DENSITY[:, None] - mean) / spread * SPREAD + MEAN
+    return np.clip(np.round(256 * np.exp(-moved) - 1), 0, 255).astype(np.uint8)

@@ -95,7 +95,7 @@ def odds_map(network: nn.Module, field: np.ndarray, cores: int = 1) -> np.ndarra
     """
     height, width = field.shape[:2]
     framed = cv2.copyMakeBorder(field, 0, -height % MULTIPLE, 0, -width % MULTIPLE, cv2.BORDER_REFLECT)
-    odds = np.empty((framed.shape[0] // STRIDE, framed.shape[1] // STRIDE), np.float32)
+    odds = torch.empty(framed.shape[0] // STRIDE, framed.shape[1] // STRIDE, device=device_of(network))
     places = [(row, column) for row in _parts(framed.shape[0]) for column in _parts(framed.shape[1])]
 
     def compute(place: tuple[slice, slice]) -> None:
@@ -106,7 +106,7 @@ def odds_map(network: nn.Module, field: np.ndarray, cores: int = 1) -> np.ndarra
 
     with on_cores(min(cores, len(places))) as each:
         each(compute, places)
-    return odds[: -(-height // STRIDE), : -(-width // STRIDE)]
+    return odds[: -(-height // STRIDE), : -(-width // STRIDE)].cpu().numpy()
 
 
 def _parts(side: int) -> list[slice]:
@@ -121,13 +121,13 @@ def _cells(part: slice, start: int) -> slice:
 
 
 @torch.inference_mode()
-def _odds_of(network: nn.Module, field: np.ndarray) -> np.ndarray:
-    """Log odds (h, w) of a field (H, W, 3) uint8 with sides that are multiples of MULTIPLE."""
+def _odds_of(network: nn.Module, field: np.ndarray) -> Tensor:
+    """Log odds (h, w), on the network's device, of a field (H, W, 3) uint8, its sides multiples of MULTIPLE."""
     device = device_of(network)
     fields = upload(torch.from_numpy(np.ascontiguousarray(field.transpose(2, 0, 1)))[None], device)
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return network(to_float(fields))[0].float().cpu().numpy()
+            return network(to_float(fields))[0].float()
     except torch.OutOfMemoryError as error:
         raise InputError("the device's memory does not hold a window of the field; use --device cpu") from error
 
