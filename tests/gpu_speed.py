@@ -21,6 +21,7 @@ import slide_memory
 import train_speed
 
 import dasc.detect.candidates
+import dasc.detect.cutter
 import dasc.detect.field
 import dasc.detect.image
 import dasc.detect.slide
@@ -43,9 +44,9 @@ FIELD_PARTS = {  # what is timed: where it stands; a part may hold those after i
     "first look": (dasc.detect.field, "candidates_of"),
     "first look: network": (dasc.detect.candidates, "odds_map"),
     "stain: estimate": (dasc.detect.field, "tissue_density"),
-    "stain": (dasc.detect.field, "apply_stain"),
-    "cutting: resampling, frame, upload": (dasc.detect.field, "PatchCutter"),
+    "upload": (dasc.detect.field, "PatchCutter"),
     "both looks": (dasc.detect.field, "_log_odds_at"),
+    "both looks: cutting": (dasc.detect.cutter.PatchCutter, "cut_tensor"),
     "both looks: network": (dasc.detect.field, "log_odds"),
     "merging": (dasc.detect.field, "merge"),
 }

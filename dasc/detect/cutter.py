@@ -32,12 +32,11 @@ def resampled_shape(image: np.ndarray, um_per_px: float, to_um_per_px: float) ->
     return height, width
 
 
-def resampling(corner: np.ndarray, size: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """How patches are made along one axis: the first pixel of the field that each needs, (N,), and weights.
+def taps_of(corner: np.ndarray, size: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """How patches are made along one axis: the pixels of the field that each pixel of a patch is made of, and weights.
 
-    Weights (N, size, pixels) float32: of this pixel of the field and those after it for each pixel of the patch, whole
-    numbers that add up to ONE. Linear interpolation where the field is enlarged, the mean of what a pixel covers where
-    it is made smaller. Pixels may lie outside the field.
+    Both (N, size, taps), int64 and float32. Linear interpolation where the field is enlarged, the mean of what a pixel
+    covers where it is made smaller. Weights are whole numbers that add up to ONE. Pixels may lie outside the field.
 
     corner: (N,), place of a patch's first pixel in the resampled field. scale: resampled pixels per pixel of the field.
     """
@@ -57,11 +56,7 @@ def resampling(corner: np.ndarray, size: int, scale: float) -> tuple[np.ndarray,
     weights = np.round(share * ONE)
     rest, largest = ONE - weights.sum(axis=2, keepdims=True), weights.argmax(axis=2, keepdims=True)
     np.put_along_axis(weights, largest, np.take_along_axis(weights, largest, axis=2) + rest, axis=2)
-    first = taps[:, 0, 0].astype(int)
-    column = taps.astype(int) - first[:, None, None]
-    matrix = np.zeros((len(corner), size, int(column.max()) + 1), np.float32)
-    np.put_along_axis(matrix, column, weights.astype(np.float32), axis=2)
-    return first, matrix
+    return taps.astype(np.int64), weights.astype(np.float32)
 
 
 def mirrored(place: np.ndarray, length: int) -> np.ndarray:
@@ -121,15 +116,18 @@ class PatchCutter:
 
     def _cut(self, corners: np.ndarray) -> Tensor:
         """Patches (N, 3, size, size) whose first pixels lie at `corners` (N, 2) of the resampled field."""
-        places, weights = [], []  # of the pixels across and down
+        places, matrices = [], []  # across and down
         for axis, length in enumerate(self.image.shape[1::-1]):
-            first, matrix = resampling(corners[:, axis], self.size, self.scale[axis])
-            places.append(self._there(mirrored(first[:, None] + np.arange(matrix.shape[2]), length)))
-            weights.append(matrix)
+            taps, weights = taps_of(corners[:, axis], self.size, self.scale[axis])
+            first = taps[:, :1, :1]
+            needed = first[:, 0] + np.arange(int((taps - first).max()) + 1)
+            places.append(self._there(mirrored(needed, length)))
+            matrix = torch.zeros(*taps.shape[:2], needed.shape[1], device=self.source.device)
+            matrices.append(matrix.scatter_(2, self._there(taps - first), self._there(weights))[:, None])
         windows = self._stained(self.source[places[1][:, :, None], places[0][:, None]]).permute(0, 3, 1, 2)
         if (self.scale == 1).all():
             return windows.contiguous()
-        across, down = (self._there(matrix)[:, None] for matrix in weights)
+        across, down = matrices
         return ((down @ windows.float() @ across.mT + ONE**2 // 2) / ONE**2).to(torch.uint8)
 
     def _there(self, numbers: np.ndarray) -> Tensor:

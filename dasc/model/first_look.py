@@ -94,8 +94,10 @@ def odds_map(network: nn.Module, field: np.ndarray, cores: int = 1) -> np.ndarra
     cores: threads that compute windows side by side, on a CPU.
     """
     height, width = field.shape[:2]
+    device = device_of(network)
     framed = cv2.copyMakeBorder(field, 0, -height % MULTIPLE, 0, -width % MULTIPLE, cv2.BORDER_REFLECT)
-    odds = torch.empty(framed.shape[0] // STRIDE, framed.shape[1] // STRIDE, device=device_of(network))
+    framed = upload(torch.from_numpy(framed), device)
+    odds = torch.empty(framed.shape[0] // STRIDE, framed.shape[1] // STRIDE, device=device)
     places = [(row, column) for row in _parts(framed.shape[0]) for column in _parts(framed.shape[1])]
 
     def compute(place: tuple[slice, slice]) -> None:
@@ -121,13 +123,11 @@ def _cells(part: slice, start: int) -> slice:
 
 
 @torch.inference_mode()
-def _odds_of(network: nn.Module, field: np.ndarray) -> Tensor:
-    """Log odds (h, w), on the network's device, of a field (H, W, 3) uint8, its sides multiples of MULTIPLE."""
-    device = device_of(network)
-    fields = upload(torch.from_numpy(np.ascontiguousarray(field.transpose(2, 0, 1)))[None], device)
+def _odds_of(network: nn.Module, field: Tensor) -> Tensor:
+    """Log odds (h, w) of a field (H, W, 3) uint8 on the network's device, its sides multiples of MULTIPLE."""
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return network(to_float(fields))[0].float()
+        with torch.autocast(field.device.type, torch.bfloat16, enabled=field.is_cuda):
+            return network(to_float(field.permute(2, 0, 1)[None]))[0].float()
     except torch.OutOfMemoryError as error:
         raise InputError("the device's memory does not hold a window of the field; use --device cpu") from error
 

@@ -25,8 +25,8 @@ def score_patches(network: CamNetwork, patches: Patches, batch_size: int, views:
     """p(mitosis): (N,) float32 on the CPU.
 
     patches: (N, 3, S, S) uint8, on any device.
-    batch_size: patches scored together; halved where the device's memory is full. On a CPU every core scores CPU_BATCH
-    at a time.
+    batch_size: patches scored together, every view of one counted; halved where the device's memory is full. On a CPU
+    every core scores CPU_BATCH at a time.
     views: test-time augmentation: turned and mirrored views of a patch averaged in logits, 1, 2, 4 or 8.
     """
     return torch.sigmoid(log_odds(network, patches, batch_size, range(views)))
@@ -41,6 +41,8 @@ def log_odds(network: CamNetwork, patches: Patches, batch_size: int, views: Sequ
     cores, at_once, device = 1, 1, device_of(network)
     if device.type == "cpu":
         cores, at_once, batch_size = torch.get_num_threads(), len(patches), min(batch_size, CPU_BATCH)
+    else:  # all views of a patch together
+        batch_size = max(1, batch_size // len(views))
     scores, start = [torch.empty(0, device=device)], 0
     with on_cores(cores) as each:
         while start < len(patches):
@@ -79,11 +81,23 @@ def on_cores(cores: int) -> Iterator[Callable]:
 
 @torch.inference_mode()
 def _score_batch(network: CamNetwork, batch: torch.Tensor, views: Sequence[int]) -> torch.Tensor:
-    device = device_of(network)
-    batch = to_float(upload(batch, device))
+    device, number = device_of(network), len(batch)
+    batch = to_float(_filled(upload(batch, device)))
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        logits = sum(network(dihedral(batch, view)).float() for view in views) / len(views)
-    return logits[:, 1] - logits[:, 0]
+        if device.type == "cpu":  # one view after another: its cache holds no more
+            logits = sum(network(dihedral(batch, view)).float() for view in views) / len(views)
+        else:
+            seen = network(torch.cat([dihedral(batch, view) for view in views]))
+            logits = seen.float().view(len(views), len(batch), -1).mean(dim=0)
+    return (logits[:, 1] - logits[:, 0])[:number]
+
+
+def _filled(batch: torch.Tensor) -> torch.Tensor:
+    """A batch filled up to a power of two on a CUDA device, which prepares itself anew for every number of patches."""
+    if not batch.is_cuda or not len(batch):
+        return batch
+    missing = (1 << (len(batch) - 1).bit_length()) - len(batch)
+    return torch.cat([batch, batch[:1].expand(missing, -1, -1, -1)]) if missing else batch
 
 
 def embed_patches(network: CamNetwork, patches: Patches, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -103,8 +117,8 @@ def embed_patches(network: CamNetwork, patches: Patches, batch_size: int) -> tup
 
 @torch.inference_mode()
 def _embed_batch(network: CamNetwork, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    device = device_of(network)
+    device, number = device_of(network), len(batch)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        maps = network.features(to_float(upload(batch, device)))
+        maps = network.features(to_float(_filled(upload(batch, device))))
         logits = network.cam(maps).amax(dim=(2, 3)).float()
-    return maps.float().mean(dim=(2, 3)), torch.softmax(logits, dim=1)[:, 1]
+    return maps.float().mean(dim=(2, 3))[:number], torch.softmax(logits, dim=1)[:number, 1]

@@ -4,6 +4,7 @@ On a CUDA device a step is some hundred small kernels, and putting them there on
 device needs to compute them. So the device records a step (a CUDA graph) and replays it from then on.
 """
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from dasc.model import processes
 from dasc.model.transfer import read_later
+
+logger = logging.getLogger(__name__)
 
 PLAIN_STEPS = 3  # of tensors of the same shapes, before they are recorded: libraries set themselves up meanwhile
 
@@ -51,7 +54,7 @@ class Step:
         """
         shapes = tuple(tensor.shape for tensor in tensors)
         if self.records and shapes not in self.recordings and self.plain.get(shapes, 0) >= PLAIN_STEPS:
-            self.recordings[shapes] = _Recording(self, tensors)
+            self._record(shapes, tensors)
         self.last = self.recordings.get(shapes)
         if self.last is not None:
             return self.last.replay(tensors)
@@ -79,6 +82,17 @@ class Step:
         self.optimizer.step()
         if self.average is not None:
             self.average(decay)
+
+    def _record(self, shapes: tuple, tensors: tuple[Tensor, ...]) -> None:
+        """Record a step; where that fails, say so, and go on without."""
+        stream = torch.cuda.current_stream(self.device)
+        try:
+            self.recordings[shapes] = _Recording(self, tensors)
+        except RuntimeError as error:  # such as a network that looks at a value on the way
+            torch.cuda.set_stream(stream)  # a recording that fails leaves its own
+            torch.cuda.synchronize(self.device)
+            self.records = False
+            logger.warning("the steps cannot be recorded, training takes longer: %s", str(error).splitlines()[0])
 
     def _fit_optimizer(self) -> None:
         """Keep the optimizer's state where a step here needs it; another device may have saved it."""
