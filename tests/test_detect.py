@@ -18,8 +18,9 @@ from dasc.detect.field import merge, over_all_views, scan_field
 from dasc.detect.val import fit_to_val
 from dasc.judge.calibration import Calibration
 from dasc.judge.metrics import plateau_threshold
+from dasc.model.augment import dihedral
 from dasc.model.checkpoint import Detector
-from dasc.model.inference import embed_patches, log_odds, score_patches
+from dasc.model.inference import embed_patches, filled, log_odds, score_patches, views_together
 from dasc.model.network import CamNetwork
 
 
@@ -223,3 +224,17 @@ def test_val_is_scanned_as_the_detector_says(val, changes, align):
     assert replace(fitted, calibration=before.calibration, threshold=0.5, val_curve=None) == before
     calibrated = scan_field(fitted, images[0], 0.25, batch_size=16, smallest=0.0)["probability"][: len(found[0])]
     assert np.allclose(calibrated, fitted.calibration.calibrate(found[0]["probability"]), atol=1e-6)
+
+
+def test_views_together_are_views_in_turn():
+    network = CamNetwork("resnet10t", 16).eval()
+    batch = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        one_by_one = torch.stack([network(dihedral(batch, view)) for view in range(1, 8)]).mean(dim=0)
+        torch.testing.assert_close(views_together(network, batch, range(1, 8)), one_by_one)
+
+
+def test_batches_are_filled_up():
+    for number, whole in ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (130, 256)):
+        batch = filled(torch.arange(number)[:, None])
+        assert len(batch) == whole and batch[:number, 0].tolist() == list(range(number)) and not batch[number:].any()

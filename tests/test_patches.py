@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dasc.data.patches import load_patches, write_patch
-from dasc.detect.cutter import PatchCutter, resample
+from dasc.detect.cutter import ONE, PatchCutter, resample, taps_of
 from dasc.errors import InputError
 
 
@@ -58,6 +58,50 @@ def test_field_smaller_than_a_patch():
 def test_no_point_no_patch():
     cutter = PatchCutter(field_with_dot(10, 10), 0.25, 0.25, 80)
     assert cutter.cut(np.empty((0, 2))).shape == (0, 3, 80, 80)
+
+
+STAIN = np.array([[0.3, 0.6, 0.25], [0.2, 0.4, 0.1]], np.float32)  # as estimate_stain gives it
+
+
+def noise(height: int = 150, width: int = 210) -> np.ndarray:
+    field = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return cv2.GaussianBlur(field, (0, 0), 1.5)
+
+
+@pytest.mark.parametrize("um_per_px", [0.11, 0.2274, 0.25, 0.2456 * 0.25 / 0.167, 0.5, 0.6])
+@pytest.mark.parametrize("stain", [None, STAIN])
+def test_what_is_cut_is_the_resampled_field(um_per_px, stain):
+    """To a grey level, corners included, where patches show the mirrored field."""
+    field = noise()
+    cutter = PatchCutter(field, um_per_px, 0.25, 40, stain=stain)
+    points = np.array([[0.0, 0.0], [209.0, 149.0], [100.3, 70.8], [-3.0, 149.5], [57.0, 1.0]])
+    corners = np.round((points + 0.5) * cutter.scale - 0.5).astype(int) + cutter.margin - 20
+    for patch, (x, y) in zip(cutter.cut(points), corners, strict=True):
+        whole = cutter.padded[y : y + 40, x : x + 40].transpose(2, 0, 1)
+        differ = np.abs(patch.astype(int) - whole)
+        assert differ.max() <= 1 if um_per_px != 0.25 else (differ == 0).all()
+
+
+@pytest.mark.parametrize("um_per_px", [0.2, 0.4])
+def test_a_part_of_a_field_gives_the_pixels_of_the_whole(um_per_px):
+    """Half of the rows and columns of a field resampled 4 to 5 or 8 to 5: patches are the same to the byte."""
+    field = noise(200, 240)
+    points = np.array([[150.0, 120.0], [160.4, 131.7], [171.2, 140.9]])
+    corner = np.array([120, 100])  # a whole number of resampled pixels
+    whole, part = (
+        PatchCutter(shown, um_per_px, 0.25, 24, stain=STAIN)
+        for shown in (field, np.ascontiguousarray(field[100:, 120:]))
+    )
+    assert (whole.cut(points) == part.cut(points - corner)).all()
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.4548, 0.91, 1.0, 1.3618, 2.0, 7.3])
+def test_weights_of_a_pixel_add_up(scale):
+    taps, weights = taps_of(np.array([-7, 0, 1, 511]), 30, scale)
+    assert (weights.sum(axis=2) == ONE).all() and (weights >= 0).all() and (weights == weights.round()).all()
+    centre = (taps * weights).sum(axis=2) / ONE  # of what a pixel is made of
+    expected = (np.array([-7, 0, 1, 511])[:, None] + np.arange(30) + 0.5) / scale - 0.5
+    assert np.abs(centre - expected).max() <= 0.05 * max(1, 1 / scale)
 
 
 def test_resample_keeps_the_width_of_tissue():

@@ -82,22 +82,31 @@ def on_cores(cores: int) -> Iterator[Callable]:
 @torch.inference_mode()
 def _score_batch(network: CamNetwork, batch: torch.Tensor, views: Sequence[int]) -> torch.Tensor:
     device, number = device_of(network), len(batch)
-    batch = to_float(_filled(upload(batch, device)))
+    batch = to_float(_on(device, batch))
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         if device.type == "cpu":  # one view after another: its cache holds no more
             logits = sum(network(dihedral(batch, view)).float() for view in views) / len(views)
         else:
-            seen = network(torch.cat([dihedral(batch, view) for view in views]))
-            logits = seen.float().view(len(views), len(batch), -1).mean(dim=0)
+            logits = views_together(network, batch, views)
     return (logits[:, 1] - logits[:, 0])[:number]
 
 
-def _filled(batch: torch.Tensor) -> torch.Tensor:
-    """A batch filled up to a power of two on a CUDA device, which prepares itself anew for every number of patches."""
-    if not batch.is_cuda or not len(batch):
-        return batch
-    missing = (1 << (len(batch) - 1).bit_length()) - len(batch)
-    return torch.cat([batch, batch[:1].expand(missing, -1, -1, -1)]) if missing else batch
+def views_together(network: CamNetwork, batch: torch.Tensor, views: Sequence[int]) -> torch.Tensor:
+    """Logits (B, classes) of patches (B, 3, S, S) averaged over views that are seen as one batch."""
+    seen = network(torch.cat([dihedral(batch, view) for view in views]))
+    return seen.float().view(len(views), len(batch), -1).mean(dim=0)
+
+
+def _on(device: torch.device, batch: torch.Tensor) -> torch.Tensor:
+    """A batch (B, ...) on a device; on a CUDA device filled up, for it prepares itself for every number of patches."""
+    batch = upload(batch, device)
+    return filled(batch) if batch.is_cuda else batch
+
+
+def filled(batch: torch.Tensor) -> torch.Tensor:
+    """A batch (B, ...) filled up to the next power of two with its first element."""
+    missing = (1 << max(0, len(batch) - 1).bit_length()) - len(batch)
+    return torch.cat([batch, batch[:1].expand(missing, *batch.shape[1:])]) if missing and len(batch) else batch
 
 
 def embed_patches(network: CamNetwork, patches: Patches, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -119,6 +128,6 @@ def embed_patches(network: CamNetwork, patches: Patches, batch_size: int) -> tup
 def _embed_batch(network: CamNetwork, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     device, number = device_of(network), len(batch)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        maps = network.features(to_float(_filled(upload(batch, device))))
+        maps = network.features(to_float(_on(device, batch)))
         logits = network.cam(maps).amax(dim=(2, 3)).float()
     return maps.float().mean(dim=(2, 3))[:number], torch.softmax(logits, dim=1)[:number, 1]
