@@ -84,7 +84,7 @@ def check_first_look(case: Case) -> dict:
     for device in (CPU, case.device):
         first_look = load_detector(WEIGHTS, device).first_look
         points_px, odds = candidates_of(first_look, case.image, case.um_per_px, None)
-        most = most_in(case.image, case.um_per_px, AFTER_FIRST_LOOK_PER_MM2)
+        most = most_in(case.image[..., 0].size * case.um_per_px**2 / 1e6, AFTER_FIRST_LOOK_PER_MM2)
         found[device] = points_px[:most], odds[:most]
     (here, odds_here), (there, odds_there) = found[CPU], found[case.device]
     same = shared_by(here, there, CELL_UM / case.um_per_px)

@@ -226,6 +226,20 @@ def test_val_is_scanned_as_the_detector_says(val, changes, align):
     assert np.allclose(calibrated, fitted.calibration.calibrate(found[0]["probability"]), atol=1e-6)
 
 
+def test_glass_beside_the_tissue_changes_nothing(monkeypatch):
+    """Candidates are counted per mm2 of tissue, in a field as on a slide."""
+    rng = np.random.default_rng(0)
+    tissue = np.clip(rng.normal((190, 110, 170), 40, (800, 1600, 3)), 0, 255).astype(np.uint8)
+    tissue = cv2.GaussianBlur(tissue, (0, 0), 3)
+    glass = np.full((800, 3200, 3), 243, np.uint8)
+    numbers = []
+    monkeypatch.setattr(dasc.detect.field, "find_candidates", lambda *_: (rng.uniform(40, 760, (5000, 2)) * (2, 1), None))
+    for field in (tissue, np.hstack([tissue, glass])):
+        looked = dasc.detect.field.look_at(detector_of(Darkness(), views=2), field, 0.25, batch_size=32)
+        numbers.append((len(looked.first), len(looked.points_px)))
+    assert numbers[1] == pytest.approx(numbers[0], rel=0.15), numbers
+
+
 def test_views_together_are_views_in_turn():
     network = CamNetwork("resnet10t", 16).eval()
     batch = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))

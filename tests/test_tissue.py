@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dasc.images.tissue import find_tissue
+from dasc.images.tissue import field_mm2, find_tissue
 
 GLASS, EOSIN, HEMATOXYLIN = (240, 239, 241), (228, 170, 205), (120, 80, 160)
 INKS = {"blue": (40, 70, 190), "green": (20, 120, 60), "black": (25, 25, 30), "red": (215, 30, 45)}
@@ -56,3 +56,16 @@ def test_nothing_but_one_colour(colour):
 def test_bluish_and_faint_stains_are_tissue():
     for colour in ((150, 130, 190), (235, 222, 232), (200, 120, 130), (90, 60, 120)):
         assert find_tissue(np.full((80, 80, 3), colour, np.uint8), 8.0).all(), colour
+
+
+@pytest.mark.parametrize("colour", [(200, 120, 180), (150, 150, 150), (0, 0, 0)])  # pink, gray, black
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_area_of_a_field_leaves_glass_out(colour, share):
+    field = np.full((1600, 2000, 3), GLASS, np.uint8)
+    field[:, : int(2000 * share)] = colour
+    whole_mm2 = 1600 * 2000 * 0.25**2 / 1e6
+    assert field_mm2(field, 0.25) == pytest.approx(share * whole_mm2, abs=0.1 * whole_mm2)
+
+
+def test_area_of_a_field_of_any_size():
+    assert field_mm2(np.full((3, 5, 3), (200, 120, 180), np.uint8), 0.25) == pytest.approx(15 * 0.25**2 / 1e6)

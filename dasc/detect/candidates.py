@@ -58,14 +58,14 @@ def find_candidates(
     if len(points_px) == 0:
         return points_px, np.zeros(0)
     score = score_candidates(measures, *spread_of(measures))
-    order = np.argsort(-score, kind="stable")[: most_in(image, um_per_px, per_mm2)]
+    area_mm2 = image.shape[0] * image.shape[1] * um_per_px**2 / 1e6
+    order = np.argsort(-score, kind="stable")[: None if per_mm2 is None else most_in(area_mm2, per_mm2)]
     return points_px[order], score[order]
 
 
-def most_in(image: np.ndarray, um_per_px: float, per_mm2: float | None) -> int | None:
-    """How many candidates of a field (H, W, 3) are kept: `per_mm2`, but AT_LEAST so many; None: all."""
-    area_mm2 = image.shape[0] * image.shape[1] * um_per_px**2 / 1e6
-    return None if per_mm2 is None else max(AT_LEAST, int(per_mm2 * area_mm2))
+def most_in(area_mm2: float, per_mm2: float) -> int:
+    """How many candidates of an area are kept: `per_mm2`, but AT_LEAST so many."""
+    return max(AT_LEAST, int(per_mm2 * area_mm2))
 
 
 def candidates_of(

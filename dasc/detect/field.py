@@ -13,6 +13,7 @@ from scipy.special import expit
 from dasc.detect.candidates import candidates_of, find_candidates, most_in
 from dasc.detect.cutter import PatchCutter
 from dasc.images.stain import estimate_stain, tissue_density
+from dasc.images.tissue import field_mm2
 from dasc.model.checkpoint import Detector
 from dasc.model.inference import device_of, log_odds
 from dasc.model.network import CamNetwork
@@ -83,7 +84,7 @@ class Looked(NamedTuple):
 
 
 def look_at(detector: Detector, image: np.ndarray, um_per_px: float, *, batch_size: int) -> Looked:
-    """Find a field's candidates, the detector's `per_mm2` best, and look at them, at the likely ones again.
+    """Find a field's candidates, the detector's best per mm2 of tissue, and look at them, at the likely ones again.
 
     The second look averages the detector's `views` of the best (`most_seen_again`); 1 leaves it out. Nuclei nearer than
     EDGE_UM to the edge are left out: annotators leave them out too (docs/log.md).
@@ -93,14 +94,14 @@ def look_at(detector: Detector, image: np.ndarray, um_per_px: float, *, batch_si
     network, views = detector.network, detector.views
     device = device_of(network)
     stain = estimate_stain(tissue_density(image)) if detector.normalise_stain else None
-    points_px, added = _candidates(detector, image, um_per_px, stain, device)
+    area_mm2 = field_mm2(image, um_per_px)
+    points_px, added = _candidates(detector, image, um_per_px, area_mm2, stain, device)
     inside = off_the_edge(points_px, image.shape[1], image.shape[0], um_per_px)
     points_px, added = points_px[inside], added[inside]
     cutter = PatchCutter(image, um_per_px, detector.patch_um_per_px, detector.patch_size, device, stain)
     first = _log_odds_at(network, cutter, points_px, batch_size) + added
     if views == 1:
         return Looked(points_px, first, first)
-    area_mm2 = image.shape[0] * image.shape[1] * um_per_px**2 / 1e6
     best = np.argsort(-first, kind="stable")[: most_seen_again(detector, area_mm2)]
     others = _log_odds_at(network, cutter, points_px[best], batch_size, range(1, views)) + added[best]
     return Looked(points_px[best], over_all_views(first[best], others, views), first)
@@ -113,15 +114,20 @@ def most_seen_again(detector: Detector, area_mm2: float) -> int:
 
 
 def _candidates(
-    detector: Detector, image: np.ndarray, um_per_px: float, stain: np.ndarray | None, device: torch.device
+    detector: Detector,
+    image: np.ndarray,
+    um_per_px: float,
+    area_mm2: float,
+    stain: np.ndarray | None,
+    device: torch.device,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The detector's `per_mm2` best candidates (N, 2), and what its first look adds to their log odds (N,), or 0."""
+    most = most_in(area_mm2, detector.per_mm2)
     if detector.first_look is None:
-        points_px, _ = find_candidates(image, um_per_px, detector.per_mm2, search_device(device))
-        return points_px, np.zeros(len(points_px), np.float32)
+        points_px, _ = find_candidates(image, um_per_px, None, search_device(device))
+        return points_px[:most], np.zeros(min(most, len(points_px)), np.float32)
     cores = torch.get_num_threads() if device.type == "cpu" else 1
     points_px, odds = candidates_of(detector.first_look, image, um_per_px, stain, cores)
-    most = most_in(image, um_per_px, detector.per_mm2)
     return points_px[:most], odds[:most]
 
 

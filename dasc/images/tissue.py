@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 
 from dasc.images.stain import DENSITY
+from dasc.images.stain import TISSUE as DARK
 
 UM_PER_PX = 8.0  # resolution at which tissue is looked for: a nucleus is a pixel
 FAINTEST = 0.04  # optical density by which tissue absorbs green more than the mean of red and blue; dust and glass less
@@ -30,6 +31,15 @@ def find_tissue(overview: np.ndarray, um_per_px: float) -> np.ndarray:
     tissue = _large_parts(tissue & ~ink, FEWEST_MM2, um_per_px)
     tissue = ~_large_parts(~tissue, FEWEST_MM2, um_per_px)
     return (cv2.dilate(tissue.astype(np.uint8), _disk(MARGIN_PX)) > 0) & ~ink
+
+
+def field_mm2(image: np.ndarray, um_per_px: float) -> float:
+    """Area of a field (H, W, 3) uint8 RGB that is not glass: tissue with the gaps in it, and what else is dark."""
+    height, width = image.shape[:2]
+    size = tuple(max(1, round(side * um_per_px / UM_PER_PX)) for side in (width, height))
+    overview = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    shown = find_tissue(overview, UM_PER_PX) | (DENSITY[overview].sum(axis=2) > DARK)
+    return float(shown.mean()) * width * height * um_per_px**2 / 1e6
 
 
 def _find_ink(red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> np.ndarray:

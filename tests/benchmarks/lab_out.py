@@ -95,8 +95,10 @@ def train(name: str, out: Path, args: argparse.Namespace) -> Path:
     flags = [*TRAIN, *start, "--manifest", out / "patches/patches.csv", "--seed", args.seed, *args.train_flags.split()]
     run(out / "model/model.pt", "NS/sigle.py", *flags, "--out", out / "model")
     if args.first_look:
-        flags = ["--manifest", out / "patches/patches.csv", "--model_path", out / "model/model.pt", "--seed", args.seed]
-        run(last, "NS/first_look.py", *flags, "--out", last.parent)
+        flags = ["--manifest", out / "patches/patches.csv", "--seed", args.seed]
+        run(out / "look/model.pt", "NS/first_look.py", *flags, "--model_path", args.start, "--out", out / "look")
+        taken = ["--model_path", out / "model/model.pt", "--first_look", out / "look/model.pt"]
+        run(last, "NS/first_look.py", *flags, *taken, "--out", last.parent)
     return last
 
 
@@ -285,7 +287,7 @@ if __name__ == "__main__":
     parser.add_argument("--by", nargs="+", choices=("other", "both"), default=["other", "both"], help="what chooses")
     parser.add_argument("--cut_flags", default="", help="more flags of pre/cut_patch_2.py, in one string")
     parser.add_argument("--train_flags", default="", help="more flags of NS/sigle.py, in one string")
-    parser.add_argument("--first_look", action="store_true", help="train first looks, too")
+    parser.add_argument("--first_look", action="store_true", help="train first looks, too, from the backbone of --start")
     parser.add_argument("--share", type=float, choices=SHARES, default=1.0, help="alignment of operating_point.json")
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     args = parser.parse_args()
