@@ -262,6 +262,7 @@ def record_run(
         "finished": _time(time.time()),
         "seconds": round(time.time() - STARTED, 1),
         "device": _device_name(device),
+        "processes": _ranks()[1],
         "system": platform.platform(),
         "commit": project_commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},

@@ -233,7 +233,9 @@ def test_glass_beside_the_tissue_changes_nothing(monkeypatch):
     tissue = cv2.GaussianBlur(tissue, (0, 0), 3)
     glass = np.full((800, 3200, 3), 243, np.uint8)
     numbers = []
-    monkeypatch.setattr(dasc.detect.field, "find_candidates", lambda *_: (rng.uniform(40, 760, (5000, 2)) * (2, 1), None))
+    monkeypatch.setattr(
+        dasc.detect.field, "find_candidates", lambda *_: (rng.uniform(40, 760, (5000, 2)) * (2, 1), None)
+    )
     for field in (tissue, np.hstack([tissue, glass])):
         looked = dasc.detect.field.look_at(detector_of(Darkness(), views=2), field, 0.25, batch_size=32)
         numbers.append((len(looked.first), len(looked.points_px)))

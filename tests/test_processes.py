@@ -5,6 +5,7 @@ what several processes compute is compared in double precision, where they agree
 """
 
 import functools
+import json
 import os
 import shutil
 import signal
@@ -172,6 +173,8 @@ def test_torchrun_starts_them(here):
         [*command, ROOT / "DMU/main.py", *flags, "--out", "two"], capture_output=True, text=True, check=True
     )
     assert done.stdout.count("wrote two/memory.csv") == 1
+    runs = [json.loads((here / out / "run.json").read_text(encoding="utf-8")) for out in ("two", "one")]
+    assert [run["processes"] for run in runs] == [2, 1]
     for table in ("log.csv", "memory.csv"):
         pd.testing.assert_frame_equal(*(pd.read_csv(here / out / table) for out in ("two", "one")), atol=1e-3)
     assert not list(here.glob(".*.lock"))

@@ -93,14 +93,14 @@ def test_shifted_tiles_find_the_same(slide_file):
 
 
 def test_a_slide_gives_nearly_what_a_field_gives(slide_file):
-    """Where all is surveyed and no glass left out, only the um/px rounded for the blocks and their margins differ."""
+    """Where all is surveyed, only the um/px rounded for the blocks, their margins and the tissue's edge differ."""
     path, um_per_px = slide_file
     image = tifffile.imread(path)
     field = scan_field(soft(), image, um_per_px, **OPTIONS)
-    slide = found_in(path, um_per_px, tissue=Tissue(np.ones((len(image) // 16, len(image) // 16), bool), 16))
+    slide = found_in(path, um_per_px)
     strong = [table[table["probability"] > 0.5][["x_px", "y_px"]].to_numpy() * um_per_px for table in (field, slide)]
     near = np.linalg.norm(strong[0][:, None] - strong[1], axis=2) < 1
-    assert len(strong[0]) > 30 and near.any(axis=1).mean() > 0.95 and near.any(axis=0).mean() > 0.95
+    assert len(strong[0]) > 30 and near.any(axis=1).mean() > 0.9 and near.any(axis=0).mean() > 0.9
 
 
 def test_a_slide_is_aligned_with_val_as_a_field_is(slide_file):

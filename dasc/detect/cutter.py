@@ -122,13 +122,13 @@ class PatchCutter:
             first = taps[:, :1, :1]
             needed = first[:, 0] + np.arange(int((taps - first).max()) + 1)
             places.append(self._there(mirrored(needed, length)))
-            matrix = torch.zeros(*taps.shape[:2], needed.shape[1], device=self.source.device)
+            matrix = torch.zeros(*taps.shape[:2], needed.shape[1], dtype=torch.float32, device=self.source.device)
             matrices.append(matrix.scatter_(2, self._there(taps - first), self._there(weights))[:, None])
         windows = self._stained(self.source[places[1][:, :, None], places[0][:, None]]).permute(0, 3, 1, 2)
         if (self.scale == 1).all():
             return windows.contiguous()
         across, down = matrices
-        return ((down @ windows.float() @ across.mT + ONE**2 // 2) / ONE**2).to(torch.uint8)
+        return ((down @ windows.to(torch.float32) @ across.mT + ONE**2 // 2) / ONE**2).to(torch.uint8)
 
     def _there(self, numbers: np.ndarray) -> Tensor:
         return upload(torch.from_numpy(numbers), self.source.device)

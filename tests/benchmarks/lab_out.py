@@ -287,7 +287,9 @@ if __name__ == "__main__":
     parser.add_argument("--by", nargs="+", choices=("other", "both"), default=["other", "both"], help="what chooses")
     parser.add_argument("--cut_flags", default="", help="more flags of pre/cut_patch_2.py, in one string")
     parser.add_argument("--train_flags", default="", help="more flags of NS/sigle.py, in one string")
-    parser.add_argument("--first_look", action="store_true", help="train first looks, too, from the backbone of --start")
+    parser.add_argument(
+        "--first_look", action="store_true", help="train first looks, too, from the backbone of --start"
+    )
     parser.add_argument("--share", type=float, choices=SHARES, default=1.0, help="alignment of operating_point.json")
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     args = parser.parse_args()
