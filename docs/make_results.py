@@ -20,8 +20,8 @@ import pandas as pd
 from dasc.judge.votes import ceiling
 
 TITLES = {  # by the column `weights`
-    "dasc_mitos v6 siblings": "Siblings of `weights/dasc_mitos.pt` (v6), which never saw the laboratory that is judged",
-    "dasc_mitos v6": "`weights/dasc_mitos.pt` (v6)",
+    "dasc_mitos v7 siblings": "Siblings of `weights/dasc_mitos.pt` (v7), which never saw the laboratory that is judged",
+    "dasc_mitos v7": "`weights/dasc_mitos.pt` (v7)",
     "dasc_figures v3": "`weights/dasc_figures.pt` (v3) as a detector, not trained further",
     "from dasc_figures v2": "Trainings on eight slides of MITOS-ATYPIA-14 from `weights/dasc_figures.pt` (v2)",
     "resnet18, the paper's epochs, from random weights": "ResNet18 with the paper's epochs, from random weights",
