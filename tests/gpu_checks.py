@@ -214,6 +214,23 @@ def check_recorded(case: Case) -> dict:
     return {"largest difference of the losses": differ, "difference of the averaged weights by their way": moved}
 
 
+def check_not_recorded(case: Case) -> dict:
+    """A network that looks at a value on the way cannot be recorded: it is trained plainly, and recorded ones are too."""
+    weight = torch.ones(4, device=case.device, requires_grad=True)
+
+    def losses(factor):
+        return [(weight * factor).sum() * (1.0 if float(factor) > 0 else -1.0)], []
+
+    step = Step(losses, torch.optim.Adam([weight], lr=0.1))
+    history = []
+    for factor in (1.0, -1.0, 1.0, -1.0, 1.0, -1.0):
+        (loss,), _ = step(torch.tensor(factor, device=case.device))
+        step.update(0.1)
+        history.append(loss)
+    assert not step.records and np.all(np.diff(history) < 0), history
+    return check_recorded(case)
+
+
 def all_of(network: torch.nn.Module) -> torch.Tensor:
     """All weights of a network, (N,)."""
     return torch.cat([weight.detach().flatten() for weight in network.parameters()])
@@ -281,7 +298,8 @@ CHECKS = {
     "bfloat16": check_bfloat16,
     "guard": check_guard,
     "recorded steps": check_recorded,
+    "steps that cannot be recorded": check_not_recorded,
     "checkpoint": check_checkpoint,
     "memory full": check_memory_full,
 }
-NEEDS_CUDA = ("memory full",)
+NEEDS_CUDA = ("steps that cannot be recorded", "memory full")
