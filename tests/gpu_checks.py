@@ -215,7 +215,7 @@ def check_recorded(case: Case) -> dict:
 
 
 def check_not_recorded(case: Case) -> dict:
-    """A network that looks at a value on the way cannot be recorded: it is trained plainly, and recorded ones are too."""
+    """A network that looks at a value on the way is trained plainly, and others are recorded all the same."""
     weight = torch.ones(4, device=case.device, requires_grad=True)
 
     def losses(factor):
