@@ -160,16 +160,14 @@ def train(network, patches, points_px, rows, val_patches, val_labels, settings, 
     guard = loop.LossGuard(args.nan_steps, steps)
     learned = loop.Rows(device, labels, hardness, patches=patches)
 
-    def losses_of(views, points, truth, hard, *grouped):
+    def losses_of(views, points, truth, hard, group=None, spread=None):
         with loop.autocast(device):
             maps = network.features(views)
             cam = network.cam(maps)
         cam, z = cam.float(), F.normalize(maps.float().mean(dim=(2, 3)), dim=1)
         cam, z, points = (processes.gathered(part, len(truth)) for part in (cam, z, points))
-        logits = cam.amax(dim=(2, 3))
-        classification = losses.graded_cross_entropy(logits, truth, hard, args.smoothing, args.gce_q)
-        if grouped:
-            group, spread = grouped
+        classification = losses.graded_cross_entropy(cam.amax(dim=(2, 3)), truth, hard, args.smoothing, args.gce_q)
+        if group is not None:
             softer, weights = 1 + args.level_temperature * hard, 1 - args.level_weight * hard
             temperatures = args.temperature * softer, spread * softer
             contrastive = losses.subclass_contrastive(z, truth, group, *temperatures, weights, args.gamma)

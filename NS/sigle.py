@@ -118,8 +118,7 @@ def train(network, patches: dict, labels: dict, settings: dict, args) -> tuple[d
 
     def losses(views, truth):
         with loop.autocast(device):
-            logits = processes.gathered(network(views), len(truth))
-            return [F.cross_entropy(logits.float(), truth)], []
+            return [F.cross_entropy(processes.gathered(network(views), len(truth)).float(), truth)], []
 
     step = Step(losses, optimizer, average, args.ema)
     for epoch in range(len(log), args.epochs):
