@@ -50,7 +50,7 @@ from dasc.errors import InputError
 from dasc.files import write_csv
 from dasc.model import loop, processes
 from dasc.model.augment import training_view
-from dasc.model.checkpoint import read_last, training_settings
+from dasc.model.start import read_last, training_settings
 from dasc.model.step import Step
 from dasc.model.transfer import upload
 from dasc.report.plots import curves

@@ -73,9 +73,9 @@ from dasc.errors import InputError
 from dasc.files import write_csv
 from dasc.model import loop, losses, processes
 from dasc.model.augment import located_view
-from dasc.model.checkpoint import training_settings
 from dasc.model.clusters import concentration, subclasses
 from dasc.model.inference import embed_patches
+from dasc.model.start import training_settings
 from dasc.model.step import Step
 from dasc.report.plots import contact_sheet, embedding, reliability
 from dasc.report.trained import write_detector

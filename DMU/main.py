@@ -54,10 +54,11 @@ from dasc.data.pack import open_patches
 from dasc.data.splits import nucleus_of
 from dasc.data.tables import LABELS, MEMORY, check_both_labels, read_patches, write_table
 from dasc.model import loop, processes
-from dasc.model.checkpoint import load_initial_weights, save_checkpoint, training_settings
+from dasc.model.checkpoint import save_checkpoint
 from dasc.model.losses import generalised_cross_entropy
 from dasc.model.memory import STATES, UNSEEN, VIEWS, Memory, Settings, noise_score, start, thresholds, update
 from dasc.model.network import CLASSES, DualNetwork
+from dasc.model.start import load_initial_weights, training_settings
 from dasc.model.step import Step
 from dasc.model.transfer import upload
 from dasc.model.views import strong_view, weak_view

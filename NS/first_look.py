@@ -56,18 +56,11 @@ from dasc.images.read import read_field
 from dasc.images.stain import apply_stain, estimate_stain, tissue_density
 from dasc.model import loop
 from dasc.model.augment import jitter_focus, jitter_light, jitter_stain, to_float
-from dasc.model.checkpoint import (
-    Detector,
-    load_detector,
-    load_initial_weights,
-    read_checkpoint,
-    save_detector,
-    sources_of,
-    training_settings,
-)
+from dasc.model.checkpoint import Detector, load_detector, read_checkpoint, save_detector, sources_of
 from dasc.model.first_look import FirstLook, focal_loss
 from dasc.model.look_tiles import LookField, LookTiles
 from dasc.model.network import fold_batch_norms
+from dasc.model.start import load_initial_weights, training_settings
 from dasc.model.step import Step
 from dasc.report.plots import curves, precision_recall, reliability
 from dasc.run import pick_device, record_run, run_script

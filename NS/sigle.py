@@ -54,8 +54,8 @@ from dasc.detect.val import fit_to_patches, fit_to_val, judge_patches
 from dasc.files import write_json
 from dasc.model import loop, processes
 from dasc.model.augment import training_view
-from dasc.model.checkpoint import training_settings
 from dasc.model.inference import score_patches
+from dasc.model.start import training_settings
 from dasc.model.step import Step
 from dasc.report.plots import reliability
 from dasc.report.trained import write_detector

@@ -71,8 +71,8 @@ from dasc.errors import InputError
 from dasc.images.find import find_images
 from dasc.images.read import read_field
 from dasc.images.resolution import read_um_per_px
-from dasc.model.checkpoint import load_initial_weights
 from dasc.model.network import CamNetwork
+from dasc.model.start import load_initial_weights
 from dasc.weak.pool import read_pool
 
 LIMIT_S = 30  # for one input

@@ -13,18 +13,9 @@ from torch import nn
 from dasc.errors import InputError
 from dasc.files import sha256
 from dasc.judge.calibration import Calibration
-from dasc.model.checkpoint import (
-    Detector,
-    interpolate,
-    load_detector,
-    load_initial_weights,
-    read_checkpoint,
-    read_last,
-    save_checkpoint,
-    save_detector,
-    training_settings,
-)
+from dasc.model.checkpoint import Detector, load_detector, read_checkpoint, save_checkpoint, save_detector
 from dasc.model.network import CamNetwork, fold_batch_norms
+from dasc.model.start import interpolate, load_initial_weights, read_last, training_settings
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,9 @@ import torch
 from pipeline import ROOT, succeed
 
 from dasc.files import sha256
-from dasc.model.checkpoint import load_detector, load_initial_weights
+from dasc.model.checkpoint import load_detector
 from dasc.model.network import CamNetwork
+from dasc.model.start import load_initial_weights
 
 PATCHES = {"dasc_mitos.pt": (96, 0.167), "dasc_figures.pt": (64, 0.25)}  # px, um/px, as the model card says
 FILES = pytest.mark.parametrize("path", [ROOT / "weights" / name for name in PATCHES], ids=list(PATCHES))

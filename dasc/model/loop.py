@@ -26,9 +26,10 @@ from dasc.errors import InputError
 from dasc.files import write_csv
 from dasc.model import processes
 from dasc.model.batch_norm import batch_norms
-from dasc.model.checkpoint import Detector, interpolate, load_initial_weights, read_last, save_checkpoint
+from dasc.model.checkpoint import Detector, save_checkpoint
 from dasc.model.inference import Patches, embed_patches, score_patches
 from dasc.model.network import CamNetwork, fold_batch_norms
+from dasc.model.start import interpolate, load_initial_weights, read_last
 from dasc.model.transfer import gather, resident
 
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from dasc.model.augment import to_float
-from dasc.model.checkpoint import load_initial_weights
 from dasc.model.network import CamNetwork
+from dasc.model.start import load_initial_weights
 from dasc.model.views import weak_view
 
 BATCH_SIZE = 64
