@@ -60,7 +60,7 @@ def test_both_engines_give_the_same_probabilities(backbone, resnet):
     shipped = load_detector(ROOT / "weights/dasc_mitos.pt", CPU)
     network, size = (shipped.network, shipped.patch_size) if backbone == "shipped" else (resnet, 64)
     patches = field_patches(size, 75)  # 32, 32 and 11
-    openvino = OpenVino(network, size)
+    openvino = OpenVino(network, [torch.rand(2, 3, size, size)], backbone)
     assert openvino.name.startswith("openvino 2") and device_of(openvino) == CPU
     threads = torch.get_num_threads()
     for cores, views in ((1, 1), (2, 1), (1, 8)):
@@ -79,7 +79,7 @@ def test_other_log_odds_are_refused(resnet, monkeypatch):
     other, compile_it = fold_batch_norms(CamNetwork("resnet10t")), engine._compile
     monkeypatch.setattr(engine, "_compile", lambda network, *given: compile_it(other, *given))
     with pytest.raises(InputError, match="other log odds"):
-        OpenVino(resnet, 64)
+        OpenVino(resnet, [torch.rand(2, 3, 64, 64)], "resnet10t")
 
 
 @needs_openvino
@@ -133,7 +133,8 @@ def test_openvino_reports_nothing(tmp_path):
     (tmp_path / "openvino_telemetry/backend").mkdir(parents=True)
     for name in ("__init__.py", "backend/__init__.py", "backend/backend_ga4.py"):
         (tmp_path / "openvino_telemetry" / name).write_text("print('reports')\nTelemetry = object\n")
-    start = "from dasc.model.engine import *; OpenVino(CamNetwork('resnet10t').eval(), 32); print('done')"
+    made = "PatchEngine(CamNetwork('resnet10t').eval(), 'openvino', 32, 0)"
+    start = f"from dasc.model.engine import *; {made}; print('done')"
     path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", start], env=environment, capture_output=True, text=True)

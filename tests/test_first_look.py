@@ -22,8 +22,8 @@ from dasc.images.tissue import Tissue
 from dasc.judge.calibration import Calibration
 from dasc.model import first_look, loop
 from dasc.model.checkpoint import load_detector, read_checkpoint, save_checkpoint, save_detector
-from dasc.model.engine import CLOSE, OpenVino, is_installed
-from dasc.model.first_look import HALO, STRIDE, FirstLook, focal_loss, odds_map, peaks
+from dasc.model.engine import CLOSE, OpenVinoLook, is_installed
+from dasc.model.first_look import HALO, STRIDE, FirstLook, Step, focal_loss, odds_map, peaks
 from dasc.model.look_tiles import CELLS, DRAWN_AT, SIDE, UNSURE_CELLS, LookField, LookTiles
 from dasc.model.network import CamNetwork, fold_batch_norms
 
@@ -37,8 +37,11 @@ class DarkLook(torch.nn.Module):
         super().__init__()
         self.scale = torch.nn.Parameter(torch.tensor(8.0))
 
+    def steps(self):
+        return [Step(self, reads=(1,), gives=STRIDE, channels=1, halo=0, window=128)]
+
     def forward(self, fields):
-        return self.scale * (0.4 - F.avg_pool2d(fields.mean(1, keepdim=True), STRIDE)[:, 0])
+        return self.scale * (0.4 - F.avg_pool2d(fields.mean(1, keepdim=True), STRIDE))
 
 
 def used(backbone: str) -> FirstLook:
@@ -57,7 +60,7 @@ def test_windows_give_the_map_of_the_whole(backbone, monkeypatch):
     field = np.random.default_rng(0).integers(0, 256, (701, 503, 3), np.uint8)
     whole = odds_map(network, field)
     assert whole.shape == (176, 126) and whole.std() > 0.01
-    monkeypatch.setattr(first_look, "WINDOW", 160)
+    monkeypatch.setattr(first_look, "WINDOWS", (64, 64, 80, 32))
     assert np.allclose(odds_map(network, field, cores=2), whole, atol=1e-4)
     padded = cv2.copyMakeBorder(field, 0, 3, 0, 9, cv2.BORDER_REFLECT)
     with torch.inference_mode():
@@ -72,10 +75,26 @@ def test_fields_of_any_size(shape):
 
 
 def test_backbones_that_see_too_far_or_too_little():
-    with pytest.raises(InputError, match=f"mobilenetv3_small_100: sees farther than {HALO} px"):
-        FirstLook("mobilenetv3_small_100")
+    """ResNet34 sees 230 px far, although its residual blocks give nothing before they are trained."""
+    for backbone in ("mobilenetv3_small_100", "resnet34"):
+        with pytest.raises(InputError, match=f"{backbone}: sees farther than {HALO} px"):
+            FirstLook(backbone)
     with pytest.raises(InputError, match=r"a first look needs \(4, 8, 16\)"):
         FirstLook("vit_tiny_patch16_224")
+    with pytest.raises(InputError, match="its layers are not in a row"):
+        FirstLook("hrnet_w18_small")
+
+
+@pytest.mark.parametrize("backbone", ["tf_efficientnet_lite0", "resnet10t"])
+def test_the_steps_are_the_backbone(backbone):
+    """As timm itself runs it, and with the receptive field that its convolutions have."""
+    network, field = used(backbone), torch.rand(1, 3, 64, 96)
+    given, steps = field, network.steps()
+    for step, theirs in zip(steps, network.backbone((field - network.mean) / network.std), strict=False):
+        given = step.network(given)
+        assert torch.equal(given, theirs) and given.shape[1] == step.channels
+    by_hand = {"tf_efficientnet_lite0": [16, 32, 144, 16], "resnet10t": [16, 16, 32, 16]}
+    assert [step.halo for step in steps] == by_hand[backbone]
 
 
 def test_nothing_is_computed_that_is_not_used():
@@ -257,7 +276,7 @@ def test_broken_first_looks_are_named(tmp_path, fault):
 @pytest.mark.skipif(not is_installed(), reason="needs OpenVINO")
 def test_both_engines_give_the_same_map():
     network = fold_batch_norms(used("tf_efficientnet_lite0"))
-    openvino = OpenVino(network, 256, any_size=True)
+    openvino = OpenVinoLook(network)
     field = np.random.default_rng(0).integers(0, 256, (330, 410, 3), np.uint8)
     ours, theirs = (odds_map(each, field, cores=2) for each in (openvino, network))
     assert theirs.std() > 0.01 and np.abs(ours - theirs).max() < 4 * CLOSE

@@ -8,6 +8,7 @@ import importlib.util
 import sys
 import warnings
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dasc.errors import InputError
-from dasc.model.first_look import FirstLook
+from dasc.model.first_look import FirstLook, Step
 from dasc.model.inference import device_of
 from dasc.model.network import CamNetwork
 
@@ -75,8 +76,9 @@ class PatchEngine:
         return self.network
 
     def _take_openvino(self) -> None:
-        network = OpenVino(self.network, self.patch_size)
-        first_look = self.first_look and OpenVino(self.first_look, FIRST_LOOK_PX, any_size=True)
+        network, side = self.network, self.patch_size
+        network = OpenVino(network, [_random(side)], network.backbone_name)
+        first_look = self.first_look and OpenVinoLook(self.first_look)
         self.network, self.first_look = network, first_look
 
 
@@ -86,54 +88,71 @@ def is_installed() -> bool:
 
 
 class OpenVino(nn.Module):
-    """A network on the CPU that OpenVINO computes: pictures (B, 3, S, S), float in 0..1, to what the network gives.
+    """A network on the CPU that OpenVINO computes.
 
     Several threads may call it at once, each call works on one core.
 
-    side: S, px. any_size: pictures may have other sides, too. Attributes: name: openvino with its version.
-    Raises: InputError: a network that OpenVINO cannot run, or to other log odds than torch.
+    network: of maps (B, C, H, W), one or more. examples: such maps; others may have another B, with any_size also other
+    H and W. backbone: named where it fails. Attributes: name: openvino with its version.
+    Raises: InputError: a network that OpenVINO cannot run, or to something else than torch.
     """
 
-    def __init__(self, network: CamNetwork | FirstLook, side: int, any_size: bool = False) -> None:
+    def __init__(self, network: nn.Module, examples: list[Tensor], backbone: str, any_size: bool = False) -> None:
         super().__init__()
         self.network = network
-        pictures = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
         try:
-            self.name, self._compiled = _compile(network, pictures, any_size)
+            self.name, self._compiled = _compile(network, examples, any_size)
             self._free: deque = deque()  # requests that no thread works with
             with torch.inference_mode():
-                ours, theirs = (_log_odds(each(pictures)) for each in (self, network))
+                ours, theirs = (each(*examples) for each in (self, network))
         except Exception as error:  # its frontends raise anything
             reason = str(error).strip().splitlines()[0][:80] if str(error).strip() else type(error).__name__
-            raise InputError(f"--engine openvino: cannot run {network.backbone_name} ({reason}); take torch") from error
-        # A difference of log odds is a quarter of it in p at most.
-        if not np.allclose(ours, theirs, rtol=1e-5, atol=4 * CLOSE):
-            raise InputError(f"--engine openvino: gives other log odds of {network.backbone_name}; take torch")
+            raise InputError(f"--engine openvino: cannot run {backbone} ({reason}); take torch") from error
+        if not np.allclose(ours, theirs, rtol=1e-5, atol=2 * CLOSE):  # of log odds: each logit may differ so much
+            raise InputError(f"--engine openvino: gives other log odds of {backbone}; take torch")
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, *maps: Tensor) -> Tensor:
         try:
             request = self._free.pop()
         except IndexError:
             request = self._compiled.create_infer_request()
-        given = request.infer([pictures.contiguous().numpy()], share_inputs=True)[0]  # a copy: the request goes on
-        self._free.append(request)
+        given = request.infer([each.contiguous().numpy() for each in maps], share_inputs=True)[0]
+        self._free.append(request)  # what it gave is a copy
         return torch.from_numpy(given)
 
 
-def _log_odds(given: Tensor) -> Tensor:
-    """Log odds, of the logits (B, classes) of a network or of the map (B, h, w) of a first look."""
-    return given.diff() if given.dim() == 2 else given
+class OpenVinoLook(nn.Module):
+    """A first look whose steps OpenVINO computes. Raises: InputError: as OpenVino."""
+
+    def __init__(self, first_look: FirstLook) -> None:
+        super().__init__()
+        self.first_look, self._steps = first_look, []
+        maps = {1: _random(FIRST_LOOK_PX)}  # by px per cell
+        for step in first_look.steps():
+            examples = [maps[px] for px in step.reads]
+            network = OpenVino(step.network, examples, first_look.backbone_name, any_size=True)
+            self._steps.append(replace(step, network=network))
+            maps[step.gives] = network(*examples)
+
+    def steps(self) -> list[Step]:
+        """As FirstLook.steps."""
+        return self._steps
 
 
-def _compile(network: CamNetwork | FirstLook, pictures: Tensor, any_size: bool) -> tuple[str, Any]:
-    """Name and version of OpenVINO, and the network as it runs it: on any number of pictures, of these sides or any."""
-    shape = [-1, 3, -1, -1] if any_size else [-1, *pictures.shape[1:]]
+def _random(side: int) -> Tensor:
+    """Two pictures (2, 3, side, side) in 0..1."""
+    return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def _compile(network: nn.Module, examples: list[Tensor], any_size: bool) -> tuple[str, Any]:
+    """Name and version of OpenVINO, and the network as it runs it: on any number of maps, of these sides or any."""
+    shapes = [[-1, each.shape[1], *([-1, -1] if any_size else each.shape[2:])] for each in examples]
     sys.modules["openvino_telemetry"] = None  # importing it fails, and OpenVINO takes its own stub, which sends nothing
     import openvino  # here: it takes 0.5 s, and many runs do without
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch.jit.trace, which OpenVINO converts with
-        model = openvino.convert_model(network, example_input=pictures, input=shape)
+        model = openvino.convert_model(network, example_input=tuple(examples), input=shapes)
     version = openvino.__version__.partition("-")[0]
     cores = torch.get_num_threads()  # a stream for each call at a time: on one stream calls wait for each other
     streams = {"NUM_STREAMS": cores, "INFERENCE_NUM_THREADS": cores}

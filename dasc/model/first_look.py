@@ -3,7 +3,14 @@
 It sees a field at the resolution at which candidates are searched, and gives a map of log odds, one cell per STRIDE px.
 Features of a timm backbone at three strides are added up at the finest, as in a feature pyramid (Lin et al. 2017). The
 loss is the focal loss on centres of CornerNet and CenterNet (Law & Deng 2018, Zhou et al. 2019).
+
+A field is computed step by step, every step window by window. Each step needs only its own receptive field round a
+window: less is computed twice than with windows for the whole network, and the finest maps stay in a core's cache.
 """
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -20,10 +27,32 @@ from dasc.model.transfer import upload
 STRIDES = (4, 8, 16)  # of the features that are added up
 STRIDE = STRIDES[0]  # px of the field per cell of the map
 MULTIPLE = STRIDES[-1]  # px: sides of what the network takes, and steps between windows, are multiples of it
+READS = ((1,), STRIDES[:1], STRIDES[1:2], STRIDES)  # px per cell of the maps that each step takes; 1: the field
+GIVES = (*STRIDES, STRIDE)  # px per cell of the map that each makes
 WIDTH = 48  # channels that the features are brought to
+FITTING = "tf_efficientnet_lite0 or resnet18"  # named where another backbone is refused
 RARE = 0.01  # p(mitosis) that an untrained head gives a cell
 HALO = 192  # px: nothing farther from a cell than this changes it (EfficientNet-Lite0, ResNet18)
-WINDOW = 1024  # px: side of what a core computes at once, without its halo; with it 0.6 GB
+WINDOWS = (288, 704, 1376, 736)  # px per step: side of what a core computes at once, without its halo; larger: more
+# leaves the core's cache; smaller: more is computed twice
+DEVICE_WINDOW = 2048  # px: the same of every step on a device other than a CPU; with it 1 GB
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a first look.
+
+    network: maps (B, C, h, w) to one map. reads: px of the field per cell of each map that it takes. gives: px per cell
+    of the map that it makes. channels: of that map. halo: px, a multiple of MULTIPLE: nothing farther away changes a
+    cell. window: px, side of what a core computes at once, without its halo.
+    """
+
+    network: nn.Module
+    reads: tuple[int, ...]
+    gives: int
+    channels: int
+    halo: int
+    window: int
 
 
 class FirstLook(nn.Module):
@@ -46,35 +75,102 @@ class FirstLook(nn.Module):
         self.backbone = timm.create_model(backbone, features_only=True, out_indices=indices)
         if hasattr(self.backbone, "blocks"):  # of an EfficientNet timm keeps, and computes, what comes after the last
             del self.backbone.blocks[self.backbone.feature_info.get_dicts()[-1]["stage"] :]
-        config, channels = self.backbone.pretrained_cfg, self.backbone.feature_info.channels()
+        elif not isinstance(self.backbone, nn.ModuleDict):
+            raise InputError(f"backbone {backbone}: its layers are not in a row; a first look needs {FITTING}")
+        config, self.channels = self.backbone.pretrained_cfg, self.backbone.feature_info.channels()
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
-        self.lateral = nn.ModuleList(nn.Conv2d(each, WIDTH, kernel_size=1) for each in channels)
+        self.lateral = nn.ModuleList(nn.Conv2d(each, WIDTH, kernel_size=1) for each in self.channels)
         last = nn.Conv2d(WIDTH, 1, kernel_size=1)
         nn.init.constant_(last.bias, float(np.log(RARE / (1 - RARE))))
         first = nn.Conv2d(WIDTH, WIDTH, kernel_size=3, padding=1, bias=False)
         self.head = nn.Sequential(first, nn.BatchNorm2d(WIDTH), nn.ReLU(), last)
-        self._check_halo()
-
-    @torch.enable_grad()
-    def _check_halo(self) -> None:
-        """Raise InputError where a cell depends on what lies farther away than HALO: windows would differ at seams."""
-        field = torch.rand(1, 3, MULTIPLE, HALO + 4 * MULTIPLE, requires_grad=True)
-        training = self.training
-        (seen,) = torch.autograd.grad(self.eval()(field)[..., 0].sum(), field)
-        self.train(training)
-        if seen[..., HALO + STRIDE :].any():
+        if _reach(self, {1: 3}) > HALO:
             raise InputError(
-                f"backbone {self.backbone_name}: sees farther than {HALO} px, as squeeze-and-excitation does; a first "
-                "look needs one without, such as tf_efficientnet_lite0 or resnet18"
+                f"backbone {backbone}: sees farther than {HALO} px, as squeeze-and-excitation does; a first look needs "
+                f"one without, such as {FITTING}"
             )
+        of = {1: 3} | dict(zip(STRIDES, self.channels, strict=True))  # channels by px per cell
+        self._halos = [
+            _reach(part, {px: of[px] for px in reads}) for part, reads in zip(self._parts(), READS, strict=True)
+        ]
+
+    def steps(self) -> list[Step]:
+        """What makes its map of a field: a map at each of STRIDES from the one before, then the log odds from all."""
+        columns = self._parts(), READS, GIVES, [*self.channels, 1], self._halos, WINDOWS
+        return [Step(*each) for each in zip(*columns, strict=True)]
 
     def forward(self, fields: Tensor) -> Tensor:
-        features = self.backbone((fields - self.mean) / self.std)
+        *parts, last = self._parts()
+        maps = [fields]
+        for part in parts:
+            maps.append(part(maps[-1]))
+        return last(*maps[1:])[:, 0]
+
+    def _parts(self) -> list[nn.Module]:
+        """The networks of the steps. They are made anew: a module that holds them twice would save them twice."""
+        if isinstance(self.backbone, nn.ModuleDict):
+            layers = [*self.backbone.values()]
+            ends = [place for place, name in enumerate(self.backbone, start=1) if name in self.backbone.return_layers]
+        else:
+            layers = [self.backbone.conv_stem, self.backbone.bn1, *self.backbone.blocks]
+            ends = [2 + each["stage"] for each in self.backbone.feature_info.get_dicts()]
+        first, *others = (nn.Sequential(*layers[start:end]) for start, end in zip([0, *ends], ends, strict=False))
+        return [nn.Sequential(_Normalise(self.mean, self.std), *first), *others, _TopDown(self.lateral, self.head)]
+
+
+class _Normalise(nn.Module):
+    """Fields (B, 3, H, W) in 0..1 as a backbone takes them."""
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.mean, self.std = mean, std
+
+    def forward(self, fields: Tensor) -> Tensor:
+        return (fields - self.mean) / self.std
+
+
+class _TopDown(nn.Module):
+    """Features at STRIDES, finest first, to log odds (B, 1, h, w)."""
+
+    def __init__(self, lateral: nn.ModuleList, head: nn.Module) -> None:
+        super().__init__()
+        self.lateral, self.head = lateral, head
+
+    def forward(self, *features: Tensor) -> Tensor:
         *finer, total = (lateral(each) for lateral, each in zip(self.lateral, features, strict=True))
         for each in reversed(finer):
             total = each + F.interpolate(total, scale_factor=2.0, mode="nearest")
-        return self.head(total)[:, 0]
+        return self.head(total)
+
+
+@torch.enable_grad()
+def _reach(network: nn.Module, channels: dict[int, int]) -> int:
+    """How far away may lie what changes a cell: px, a multiple of MULTIPLE, above HALO where it is farther than that.
+
+    It is found by gradients of a copy whose weights are positive and small: no path through it is cut off by an
+    activation, or by a batch norm that begins with 0.
+
+    channels: of each map that the network takes, by px of the field per cell.
+    """
+    draws, probe = torch.Generator().manual_seed(0), copy.deepcopy(network).double().eval()
+    for name, parameter in probe.named_parameters():
+        weights = torch.rand(parameter.shape, generator=draws) + 0.5
+        if parameter.dim() > 1:
+            weights /= 4 * weights[0].numel()
+        parameter.data.copy_(torch.full_like(weights, 0.5) if name.endswith("bias") else weights)
+    middle = HALO + MULTIPLE
+    maps = [
+        (1 + torch.rand(1, number, MULTIPLE // px, (2 * middle + MULTIPLE) // px, generator=draws)).double()
+        for px, number in channels.items()
+    ]
+    made = probe(*(each.requires_grad_() for each in maps))
+    cells = made.shape[-1] * middle // (2 * middle + MULTIPLE)
+    reach = 0
+    for px, gradient in zip(channels, torch.autograd.grad(made[..., cells:-cells].sum(), maps), strict=True):
+        changing = gradient.abs().flatten(0, 2).sum(dim=0).nonzero()[:, 0] * px
+        reach = max(reach, middle - int(changing.min()), int(changing.max()) + px - middle - MULTIPLE)
+    return -(-reach // MULTIPLE) * MULTIPLE
 
 
 def focal_loss(odds: Tensor, wanted: Tensor, counts: Tensor) -> Tensor:
@@ -89,47 +185,62 @@ def focal_loss(odds: Tensor, wanted: Tensor, counts: Tensor) -> Tensor:
 
 
 def odds_map(network: nn.Module, field: np.ndarray, cores: int = 1) -> np.ndarray:
-    """Log odds (ceil(H / STRIDE), ceil(W / STRIDE)) float32 of a field (H, W, 3) uint8, window by window.
+    """Log odds (ceil(H / STRIDE), ceil(W / STRIDE)) float32 of a field (H, W, 3) uint8, step by step.
 
-    cores: threads that compute windows side by side, on a CPU.
+    network: has the `steps` of a first look. cores: threads that compute windows side by side, on a CPU.
+    Raises: InputError: a device whose memory does not hold the field's maps.
     """
     height, width = field.shape[:2]
-    device = device_of(network)
     framed = cv2.copyMakeBorder(field, 0, -height % MULTIPLE, 0, -width % MULTIPLE, cv2.BORDER_REFLECT)
-    framed = upload(torch.from_numpy(framed), device)
-    odds = torch.empty(framed.shape[0] // STRIDE, framed.shape[1] // STRIDE, device=device)
-    places = [(row, column) for row in _parts(framed.shape[0]) for column in _parts(framed.shape[1])]
-
-    def compute(place: tuple[slice, slice]) -> None:
-        rows, columns = place
-        top, left = max(0, rows.start - HALO), max(0, columns.start - HALO)
-        cells = _odds_of(network, framed[top : rows.stop + HALO, left : columns.stop + HALO])
-        odds[_cells(rows, 0), _cells(columns, 0)] = cells[_cells(rows, top), _cells(columns, left)]
-
-    with on_cores(min(cores, len(places))) as each:
-        each(compute, places)
-    return odds[: -(-height // STRIDE), : -(-width // STRIDE)].cpu().numpy()
+    steps = network.steps()
+    maps = {1: upload(torch.from_numpy(framed), device_of(network)).permute(2, 0, 1)}  # by px per cell
+    with on_cores(min(cores, len(_windows(steps[0], maps[1])))) as each:
+        for step in steps:
+            maps[step.gives] = made = _take(step, maps, each)
+    return made[0, : -(-height // STRIDE), : -(-width // STRIDE)].float().cpu().numpy()
 
 
-def _parts(side: int) -> list[slice]:
-    """A side (px, a multiple of MULTIPLE) in equal parts of WINDOW px at most."""
-    step = -(-side // -(-side // WINDOW) // MULTIPLE) * MULTIPLE
+def _take(step: Step, maps: dict[int, Tensor], each: Callable) -> Tensor:
+    """The map (channels, h, w) that a step makes of maps (C, h, w), the field's the first of them.
+
+    each: a `map` over windows.
+    """
+    field = maps[1]
+    dtype = torch.bfloat16 if field.is_cuda else torch.float32
+    made = field.new_empty((step.channels, *(side // step.gives for side in field.shape[1:])), dtype=dtype)
+
+    @torch.inference_mode()  # here: it is a thread's own
+    def compute(window: tuple[slice, slice]) -> None:
+        around = [slice(max(0, part.start - step.halo), part.stop + step.halo) for part in window]
+        given = [maps[px][None, :, *(_cells(part, 0, px) for part in around)] for px in step.reads]
+        with torch.autocast(field.device.type, torch.bfloat16, enabled=field.is_cuda):
+            found = step.network(*(to_float(part) if part.dtype == torch.uint8 else part for part in given))
+        inside = (_cells(part, whole.start, step.gives) for part, whole in zip(window, around, strict=True))
+        made[:, *(_cells(part, 0, step.gives) for part in window)] = found[0, :, *inside]
+
+    try:
+        each(compute, _windows(step, field))
+    except torch.OutOfMemoryError as error:
+        raise InputError("the device's memory does not hold the maps of the field; use --device cpu") from error
+    return made
+
+
+def _windows(step: Step, field: Tensor) -> list[tuple[slice, slice]]:
+    """Rows and columns of a field (C, H, W) that are computed at once, without their halo."""
+    largest = step.window if field.device.type == "cpu" else DEVICE_WINDOW
+    rows, columns = (_parts(side, largest) for side in field.shape[1:])
+    return [(row, column) for row in rows for column in columns]
+
+
+def _parts(side: int, largest: int) -> list[slice]:
+    """A side (px, a multiple of MULTIPLE) in equal parts of so many px at most."""
+    step = -(-side // -(-side // largest) // MULTIPLE) * MULTIPLE
     return [slice(start, min(start + step, side)) for start in range(0, side, step)]
 
 
-def _cells(part: slice, start: int) -> slice:
-    """The cells of a part of a side, px, counted from `start`."""
-    return slice((part.start - start) // STRIDE, (part.stop - start) // STRIDE)
-
-
-@torch.inference_mode()
-def _odds_of(network: nn.Module, field: Tensor) -> Tensor:
-    """Log odds (h, w) of a field (H, W, 3) uint8 on the network's device, its sides multiples of MULTIPLE."""
-    try:
-        with torch.autocast(field.device.type, torch.bfloat16, enabled=field.is_cuda):
-            return network(to_float(field.permute(2, 0, 1)[None]))[0].float()
-    except torch.OutOfMemoryError as error:
-        raise InputError("the device's memory does not hold a window of the field; use --device cpu") from error
+def _cells(part: slice, start: int, px: int) -> slice:
+    """The cells of so many px of a part of a side, px, counted from `start`."""
+    return slice((part.start - start) // px, (part.stop - start) // px)
 
 
 def peaks(odds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
