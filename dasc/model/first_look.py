@@ -17,6 +17,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from dasc.errors import InputError
@@ -33,7 +34,7 @@ WIDTH = 48  # channels that the features are brought to
 FITTING = "tf_efficientnet_lite0 or resnet18"  # named where another backbone is refused
 RARE = 0.01  # p(mitosis) that an untrained head gives a cell
 HALO = 192  # px: nothing farther from a cell than this changes it (EfficientNet-Lite0, ResNet18)
-WINDOWS = (288, 704, 1376, 736)  # px per step: side of what a core computes at once, without its halo; larger: more
+WINDOWS = (352, 704, 1376, 736)  # px per step: side of what a core computes at once, without its halo; larger: more
 # leaves the core's cache; smaller: more is computed twice
 DEVICE_WINDOW = 2048  # px: the same of every step on a device other than a CPU; with it 1 GB
 
@@ -77,6 +78,7 @@ class FirstLook(nn.Module):
             del self.backbone.blocks[self.backbone.feature_info.get_dicts()[-1]["stage"] :]
         elif not isinstance(self.backbone, nn.ModuleDict):
             raise InputError(f"backbone {backbone}: its layers are not in a row; a first look needs {FITTING}")
+        _pad_by_stride(self.backbone)
         config, self.channels = self.backbone.pretrained_cfg, self.backbone.feature_info.channels()
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
@@ -142,6 +144,27 @@ class _TopDown(nn.Module):
         for each in reversed(finer):
             total = each + F.interpolate(total, scale_factor=2.0, mode="nearest")
         return self.head(total)
+
+
+class _PaddedByStride(nn.Conv2d):
+    """TensorFlow's padding of maps whose sides are multiples of the stride: the same for all, as timm's is not.
+
+    OpenVINO then pads within the convolution; where it has to ask for the sides it writes a padded map first.
+    """
+
+    def forward(self, maps: Tensor) -> Tensor:
+        pads = []
+        for kernel, stride, dilation in zip(self.kernel_size, self.stride, self.dilation, strict=True):
+            total = max(0, (kernel - 1) * dilation + 1 - stride)
+            pads = [total // 2, total - total // 2, *pads]  # the last axis first
+        return F.conv2d(F.pad(maps, pads), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def _pad_by_stride(network: nn.Module) -> None:
+    """Let the convolutions of a network that pad as TensorFlow does pad by their stride alone."""
+    for module in network.modules():
+        if isinstance(module, Conv2dSame):
+            module.__class__ = _PaddedByStride  # its weights and settings stay
 
 
 @torch.enable_grad()
