@@ -24,7 +24,8 @@ from dasc.judge.calibration import Calibration
 from dasc.model import first_look, loop
 from dasc.model.checkpoint import load_detector, read_checkpoint, save_checkpoint, save_detector
 from dasc.model.engine import CLOSE, OpenVinoLook, is_installed
-from dasc.model.first_look import HALO, STRIDE, FirstLook, Step, focal_loss, odds_map, peaks
+from dasc.model.first_look import HALO, STRIDE, FirstLook, Step, focal_loss
+from dasc.model.look_map import odds_map, peaks
 from dasc.model.look_tiles import CELLS, DRAWN_AT, SIDE, UNSURE_CELLS, LookField, LookTiles
 from dasc.model.network import CamNetwork, fold_batch_norms
 

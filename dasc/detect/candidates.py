@@ -21,7 +21,8 @@ import torch
 from dasc.detect.filters import Image, at, enlarge, highest, look_up, lowest, shrink, smooth, to_device, to_numpy
 from dasc.errors import InputError
 from dasc.images.stain import apply_stain
-from dasc.model.first_look import FirstLook, odds_map, peaks
+from dasc.model.first_look import FirstLook
+from dasc.model.look_map import odds_map, peaks
 
 PER_MM2 = 1800.0  # candidates kept per square millimetre of field
 AT_LEAST = 8  # kept however small the field is
@@ -74,7 +75,7 @@ def candidates_of(
     """The candidates of a first look: points (N, 2), x and y in px of the image, and log odds (N,), highest first.
 
     image: (H, W, 3) uint8 RGB, a field or a part of one. stain: of the field, as `stain.apply_stain`. cores: as
-    `first_look.odds_map`.
+    `look_map.odds_map`.
     Raises: InputError: as `find_candidates`.
     """
     _check(image, um_per_px)
