@@ -59,7 +59,7 @@ def field_patches(size: int, count: int) -> torch.Tensor:
 def test_both_engines_give_the_same_probabilities(backbone, resnet):
     shipped = load_detector(ROOT / "weights/dasc_mitos.pt", CPU)
     network, size = (shipped.network, shipped.patch_size) if backbone == "shipped" else (resnet, 64)
-    patches = field_patches(size, 75)  # 32, 32 and 11
+    patches = field_patches(size, 75)  # 4 batches of 16 and one of 11
     openvino = OpenVino(network, [torch.rand(2, 3, size, size)], backbone)
     assert openvino.name.startswith("openvino 2") and device_of(openvino) == CPU
     threads = torch.get_num_threads()

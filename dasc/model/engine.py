@@ -26,6 +26,7 @@ PAYS_PX = 11_000_000  # px of images per core from which `auto` takes OpenVINO: 
 INSTALL = "pip install --no-deps openvino"  # without its telemetry; NumPy, its other need, is here
 FIRST_LOOK_PX = 256  # side of the picture that OpenVINO and torch are compared with
 CLOSE = 1e-4  # p(mitosis) of the engines differs by less
+BATCH = 16  # patches scored together by one core: more than 16, or fewer than 8, take longer each
 SETTINGS = {  # of OpenVINO's plugin
     "INFERENCE_PRECISION_HINT": "f32",  # by default bfloat16 or float16 where the CPU has it: p would differ by 0.02
     "ENABLE_CPU_PINNING": False,  # several runs on one machine would be pinned to the same core
@@ -99,7 +100,7 @@ class OpenVino(nn.Module):
 
     def __init__(self, network: nn.Module, examples: list[Tensor], backbone: str, any_size: bool = False) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.cpu_batch = network, BATCH
         try:
             self.name, self._compiled = _compile(network, examples, any_size)
             self._free: deque = deque()  # requests that no thread works with

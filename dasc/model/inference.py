@@ -14,7 +14,7 @@ from dasc.model.augment import dihedral, to_float
 from dasc.model.network import CamNetwork
 from dasc.model.transfer import upload
 
-CPU_BATCH = 32  # patches scored together by one core, whose cache holds no more
+CPU_BATCH = 32  # patches scored together by one core, whose cache holds no more; a network may have its own `cpu_batch`
 
 Patches = torch.Tensor | MappedPatches
 
@@ -40,7 +40,8 @@ def log_odds(network: CamNetwork, patches: Patches, batch_size: int, views: Sequ
     """
     cores, at_once, device = 1, 1, device_of(network)
     if device.type == "cpu":
-        cores, at_once, batch_size = torch.get_num_threads(), len(patches), min(batch_size, CPU_BATCH)
+        cores, at_once = torch.get_num_threads(), len(patches)
+        batch_size = min(batch_size, getattr(network, "cpu_batch", CPU_BATCH))
     else:  # all views of a patch together
         batch_size = max(1, batch_size // len(views))
     scores, start = [torch.empty(0, device=device)], 0
