@@ -21,8 +21,8 @@ from dasc.model.first_look import FirstLook, Step
 from dasc.model.inference import device_of
 from dasc.model.network import CamNetwork
 
-PAYS_PX = 11_000_000  # px of images per core from which `auto` takes OpenVINO: 0.7 mm2 at 0.25 um/px. From there on it
-# saves more than its start takes (2 s), with a first look; without one from a third of it.
+PAYS_PX = 14_000_000  # px of images per core from which `auto` takes OpenVINO: 0.9 mm2 at 0.25 um/px. From there on it
+# saves more than its start takes (2 to 3 s), with a first look; without one from a quarter of it.
 INSTALL = "pip install --no-deps openvino"  # without its telemetry; NumPy, its other need, is here
 FIRST_LOOK_PX = 256  # side of the picture that OpenVINO and torch are compared with
 CLOSE = 1e-4  # p(mitosis) of the engines differs by less
