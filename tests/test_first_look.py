@@ -21,7 +21,7 @@ from dasc.detect.field import AT_LEAST, look_at, most_seen_again, scan_field
 from dasc.errors import InputError
 from dasc.images.tissue import Tissue
 from dasc.judge.calibration import Calibration
-from dasc.model import first_look, loop
+from dasc.model import first_look, look_map, loop
 from dasc.model.checkpoint import load_detector, read_checkpoint, save_checkpoint, save_detector
 from dasc.model.engine import CLOSE, OpenVinoLook, is_installed
 from dasc.model.first_look import HALO, STRIDE, FirstLook, Step, focal_loss
@@ -74,6 +74,16 @@ def test_windows_give_the_map_of_the_whole(backbone, monkeypatch):
 def test_fields_of_any_size(shape):
     odds = odds_map(fold_batch_norms(used("resnet10t")), np.zeros((*shape, 3), np.uint8))
     assert odds.shape == tuple(-(-side // STRIDE) for side in shape) and np.isfinite(odds).all()
+
+
+@pytest.mark.parametrize("full", ["upload", "_take"])  # the field, and what is made of it
+def test_a_device_that_is_too_small_is_named(full, monkeypatch):
+    def no_memory(*given):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(look_map, full, no_memory)
+    with pytest.raises(InputError, match="memory does not hold the maps of the field; use --device cpu"):
+        odds_map(DarkLook(), np.zeros((64, 64, 3), np.uint8))
 
 
 def test_backbones_that_see_too_far_or_too_little():

@@ -29,10 +29,13 @@ def odds_map(network: nn.Module, field: np.ndarray, cores: int = 1) -> np.ndarra
     height, width = field.shape[:2]
     framed = cv2.copyMakeBorder(field, 0, -height % MULTIPLE, 0, -width % MULTIPLE, cv2.BORDER_REFLECT)
     steps = network.steps()
-    maps = {1: upload(torch.from_numpy(framed), device_of(network)).permute(2, 0, 1)}  # by px per cell
-    with on_cores(min(cores, len(_windows(steps[0], maps[1])))) as each:
-        for step in steps:
-            maps[step.gives] = made = _take(step, maps, each)
+    try:
+        maps = {1: upload(torch.from_numpy(framed), device_of(network)).permute(2, 0, 1)}  # by px per cell
+        with on_cores(min(cores, len(_windows(steps[0], maps[1])))) as each:
+            for step in steps:
+                maps[step.gives] = made = _take(step, maps, each)
+    except torch.OutOfMemoryError as error:
+        raise InputError("the device's memory does not hold the maps of the field; use --device cpu") from error
     return made[0, : -(-height // STRIDE), : -(-width // STRIDE)].float().cpu().numpy()
 
 
@@ -54,10 +57,7 @@ def _take(step: Step, maps: dict[int, Tensor], each: Callable) -> Tensor:
         inside = (_cells(part, whole.start, step.gives) for part, whole in zip(window, around, strict=True))
         made[:, *(_cells(part, 0, step.gives) for part in window)] = found[0, :, *inside]
 
-    try:
-        each(compute, _windows(step, field))
-    except torch.OutOfMemoryError as error:
-        raise InputError("the device's memory does not hold the maps of the field; use --device cpu") from error
+    each(compute, _windows(step, field))
     return made
 
 
